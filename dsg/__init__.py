@@ -1,0 +1,1 @@
+"""Dynamic SAE Guardrails: make a language model forget with a sparse autoencoder, and test it."""

@@ -1,0 +1,1 @@
+"""The composition root behind the `dsg` command."""
