@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests: one tiny model, tokenizer and SAE each."""
+
+import pytest
+import torch
+
+from tests import helpers
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tiny tensors run faster, and repeatably, on one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model():
+    return helpers.tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return helpers.tiny_tokenizer()
+
+
+@pytest.fixture
+def sae():
+    return helpers.standard_sae()
