@@ -1,0 +1,30 @@
+"""What must be settled in the process before torch is imported."""
+
+import os
+
+
+def prepare_environment() -> None:
+    """Set defaults for environment variables; whatever the user has set stays.
+
+    `OMP_NUM_THREADS` is set because Lightning would otherwise give each rank of a distributed run
+    its own share of the cores, and another number of threads adds floats in another order: results
+    would depend on the number of ranks. `WANDB_MODE=online` is how a user uploads.
+    """
+    defaults = {
+        "OMP_NUM_THREADS": str(min(4, _available_cpus())),
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_CONSOLE": "off",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if os.environ.get("WANDB_MODE") == "online":
+        del defaults["WANDB_SILENT"]  # an uploaded run says where it can be seen
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _available_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):  # counts what a container or batch system grants
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,257 @@
+"""`dsg fit|validate|test|predict`: LightningCLI in subclass mode, inside one run directory."""
+
+import argparse
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
+
+from dsg.cli.config_errors import one_sentence
+from dsg.cli.interrupts import interrupts_raised
+from dsg.cli.quiet import calm_libraries
+from dsg.errors import UserError
+from dsg.results import read_run_facts, write_run_facts
+from dsg.run_directory import (
+    is_rank_zero,
+    keep_earlier_metrics,
+    newest_checkpoint,
+    run_directory,
+)
+
+CONFIG_FILE = "config.yaml"
+
+# Defaults of every run; a configuration names only what differs. Loggers write into the run
+# directory; W&B stays offline unless the user sets WANDB_MODE=online.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "logger": [
+        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "."}},
+        {
+            "class_path": "lightning.pytorch.loggers.WandbLogger",
+            "init_args": {"project": "dynamic-sae-guardrails"},
+        },
+    ],
+    # Data modules deal whole global batches to ranks; Lightning's sampler would repeat samples.
+    "use_distributed_sampler": False,
+    # A metric over all samples of a split has no value for the first two batches.
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse a command line, claim its run directory and run the Trainer.
+
+    Args:
+        argv: `fit`, `validate`, `test` or `predict` and its options.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        UserError: The configuration is wrong, the run directory cannot be used, or the run itself
+            finds its input wrong.
+        KeyboardInterrupt: Ctrl-C; the message tells how to continue.
+    """
+    calm_libraries()
+    refuse = {"exit_on_error": False}
+    commands = {command: dict(refuse) for command in LightningCLI.subcommands()}
+    try:
+        with ExitStack() as stack, interrupts_raised():
+            RunCLI(stack, list(argv), parser_kwargs={"prog": "dsg", **refuse, **commands})
+    except argparse.ArgumentError as error:
+        raise UserError(f"{one_sentence(str(error))}; see dsg {argv[0]} --help.") from None
+    return 0
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the configuration as the user gave it, and hands it to Weights & Biases."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, declared: Namespace):
+        # Not into the loggers' directories: with several loggers those differ.
+        super().__init__(parser, config, save_to_log_dir=False)
+        self._declared = declared
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        text = self.parser.dump(self._declared, skip_none=False)
+        (Path(trainer.default_root_dir) / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams({"config": yaml.safe_load(text)})
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI whose runs each own a directory.
+
+    Args:
+        stack: Holds the claim on the run directory and ends it when the run is over.
+        arguments: The command line after `dsg`.
+        **kwargs: Further arguments of `LightningCLI`.
+    """
+
+    def __init__(self, stack: ExitStack, arguments: list[str], **kwargs: Any) -> None:
+        self._stack = stack
+        self._arguments = arguments
+        self._started = time.time()
+        super().__init__(
+            args=arguments,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            **kwargs,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Directory of this run; by default runs/<name of the first configuration file>.",
+        )
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Replace an earlier run in run_dir."
+        )
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="Continue an earlier run in run_dir, fit from its newest checkpoint.",
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # The inherited method warns whenever arguments are passed on, as the dispatcher does.
+        self.config = parser.parse_args(args)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand is None:  # only parsing and instantiating: nothing runs
+            return
+        config = self.config[self.subcommand]
+        self.run_dir = Path(config.run_dir or f"runs/{self._name(config)}")
+        claim = run_directory(self.run_dir, overwrite=config.overwrite, resume=config.resume)
+        self._stack.enter_context(claim)
+        self._stack.push(self._finish)
+
+        # What is saved must not depend on this machine's cache, nor overwrite when run again.
+        declared = config.clone()
+        declared.update(Namespace(run_dir=str(self.run_dir), overwrite=False, resume=False))
+        self.save_config_kwargs = {"declared": declared}
+        self._declared = declared
+
+        if config.resume:
+            self._continue(config)
+        config.trainer.default_root_dir = str(self.run_dir)
+        _place_loggers(config.trainer.logger, self.run_dir)
+        self.config[self.subcommand] = _map_strings(config, resolve_benchmark)
+
+    def _name(self, config: Namespace) -> str:
+        return Path(config.config[0]).stem if config.config else str(self.subcommand)
+
+    def _continue(self, config: Namespace) -> None:
+        keep_earlier_metrics(self.run_dir)
+        if self.subcommand != "fit" or config.ckpt_path is not None:
+            return
+        checkpoint = newest_checkpoint(self.run_dir)
+        if checkpoint is None:
+            raise UserError(
+                f"--resume needs a checkpoint, and run_dir {str(self.run_dir)!r} holds none; "
+                f"use --overwrite to start that run again."
+            )
+        config.ckpt_path = str(checkpoint)
+
+    def _finish(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        """Whatever happened, leave no process and no open file; on success write the facts."""
+        trainer = getattr(self, "trainer", None)
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (self._how_to_continue(),)
+        if error is not None and trainer is not None and trainer.strategy.launcher is not None:
+            # Ranks that wait for this one would hang, or die with a traceback of their own.
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=0 if error is None else 1)
+        if error is None and is_rank_zero():
+            self._write_facts()
+
+    def _how_to_continue(self) -> str:
+        resumable = self.subcommand == "fit" and newest_checkpoint(self.run_dir) is not None
+        words = [word for word in self._arguments if word not in ("--overwrite", "--resume")]
+        option = "--resume" if resumable else "--overwrite"
+        verb = "continue" if resumable else "start again"
+        return f"{verb} with: {shlex.join(['dsg', *words, option])}"
+
+    def _write_facts(self) -> None:
+        text = self._parser(self.subcommand).dump(self._declared, skip_none=False)
+        facts = {
+            "command": ["dsg", *self._arguments],
+            "config": yaml.safe_load(text),
+            "started": datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self._started, 1),
+            "world_size": self.trainer.world_size,
+        }
+        # A module may have noted facts of its own, such as hashes of its data.
+        write_run_facts(self.run_dir, {**read_run_facts(self.run_dir), **facts})
+
+
+def resolve_benchmark(value: str) -> str:
+    """Replace `tiny_world:SEED/model` or `tiny_world:SEED/sae` by the folder that holds it.
+
+    The embedded benchmark is trained if the cache does not hold it yet.
+
+    Raises:
+        UserError: The value begins like one of the two but is neither.
+    """
+    if not value.startswith("tiny_world:"):
+        return value
+    match = re.fullmatch(r"tiny_world:(\d+)/(model|sae)", value)
+    if match is None:
+        raise UserError(
+            f"The embedded benchmark is named tiny_world:SEED/model or tiny_world:SEED/sae, "
+            f"got {value!r}; mend the configuration."
+        )
+    from dsg.cli.benchmark import ensure_benchmark
+
+    # Training it draws random numbers; a run must not depend on whether the cache was warm.
+    with isolate_rng():
+        return str(ensure_benchmark(int(match[1])) / match[2])
+
+
+def _map_strings(value: Any, replace: Callable[[str], str]) -> Any:
+    """Apply `replace` to every string of a nested configuration, in place where possible."""
+    if isinstance(value, str):
+        return replace(value)
+    if isinstance(value, list):
+        return [_map_strings(item, replace) for item in value]
+    if isinstance(value, dict):
+        return {name: _map_strings(item, replace) for name, item in value.items()}
+    if isinstance(value, Namespace):
+        for name, item in vars(value).items():
+            setattr(value, name, _map_strings(item, replace))
+    return value
+
+
+def _place_loggers(loggers: Any, run_dir: Path) -> None:
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        options = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if options is None or "save_dir" not in options:
+            continue
+        options.save_dir = str(run_dir)
+        if logger.class_path.endswith(".CSVLogger"):
+            options.name = options.version = ""  # metrics.csv lies in the run directory itself
+        elif logger.class_path.endswith(".WandbLogger"):
+            options.name = options.name or run_dir.name

@@ -1,0 +1,123 @@
+"""The `dsg` command: a dispatcher that imports a command's machinery only when it runs."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from dsg.cli.environment import prepare_environment
+from dsg.cli.interrupts import interrupts_raised
+from dsg.errors import UserError
+from dsg.run_directory import is_rank_zero
+
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    A `UserError` becomes one line and status 2, Ctrl-C one line and status 130. Any other exception
+    is a bug and keeps its traceback.
+
+    Args:
+        argv: Arguments after the program's name; those of the process by default. Runs on several
+            ranks need the default, because the other ranks are started with the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    prepare_environment()
+    try:
+        with interrupts_raised():
+            status = _dispatch(arguments)
+            sys.stdout.flush()
+            return status
+    except UserError as error:
+        rank = "" if is_rank_zero() else " (on another rank than zero)"
+        _complain(f"error{rank}: {error}")
+        return 2
+    except KeyboardInterrupt as interrupt:
+        if is_rank_zero():
+            _complain(f"interrupted; {interrupt.args[0] if interrupt.args else 'start it again'}")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; nobody listens, so let it write to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _lightning(command: str) -> Callable[[list[str]], int]:
+    def run(arguments: list[str]) -> int:
+        from dsg.cli import lightning_cli
+
+        return lightning_cli.run([command, *arguments])
+
+    return run
+
+
+def _demo(arguments: list[str]) -> int:
+    from dsg.cli import demo
+
+    parser = _Parser(prog="dsg demo", description=COMMANDS["demo"][0])
+    demo.add_arguments(parser)
+    return demo.run(parser.parse_args(arguments)) or 0
+
+
+def _report(arguments: list[str]) -> int:
+    parser = _Parser(prog="dsg report", description=COMMANDS["report"][0])
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
+    run_dir = parser.parse_args(arguments).run_dir
+    from dsg.report import build_report
+
+    print(build_report(run_dir))
+    return 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "fit": ("train: pretraining, unlearning, relearning attacks, sequences", _lightning("fit")),
+    "validate": ("select features and calibrate a guard, or validate", _lightning("validate")),
+    "test": ("evaluate a model with and without its guard", _lightning("test")),
+    "predict": ("run a model over data and return its predictions", _lightning("predict")),
+    "demo": ("the whole loop on the embedded benchmark or on your own text", _demo),
+    "report": ("write report.html from the results of a run", _report),
+}
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, cutoff=0.5) or list(COMMANDS)
+        raise UserError(f"Unknown command {command!r}; did you mean {' or '.join(near)}?")
+    return COMMANDS[command][1](rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {description}" for name, (description, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dsg COMMAND ...",
+            "",
+            "Train and adversarially evaluate language models guarded by sparse autoencoders.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "dsg fit|validate|test|predict -c configs/....yaml runs one configuration;",
+            "dsg COMMAND --help lists the options of a command.",
+        ]
+    )
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"dsg: {' '.join(message.split())}\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong option like every other mistake of the user: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help.")

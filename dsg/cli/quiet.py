@@ -1,0 +1,31 @@
+"""Keeps libraries from talking over what a command has to say."""
+
+import logging
+import warnings
+
+from dsg.run_directory import is_rank_zero
+
+_MESSAGES = (
+    # Data loaders here read from memory; workers would only slow them down.
+    r".*does not have many workers which may be a bottleneck",
+    # The run directory holds the marker, and a resumed run its checkpoints.
+    r".*Experiment logs directory .* exists and is not empty",
+    r".*Checkpoint directory .* exists and is not empty",
+    r".*smaller than the logging interval",
+    # Lightning's own use of torch.
+    r".*LeafSpec.* is deprecated",
+)
+
+
+def calm_libraries() -> None:
+    """Silence what Lightning and W&B say on every run; warnings that tell something stay."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
+    if is_rank_zero():
+        import wandb
+
+        # Lightning passes an option that W&B has retired, and W&B complains about it before it has
+        # read WANDB_SILENT, unless it is set up beforehand.
+        wandb.setup()

@@ -1,0 +1,174 @@
+"""The directory of one run: claimed before anything is computed, never half-written after an error.
+
+Every run owns one directory and puts a marker into it. Only a marked directory is ever replaced or
+resumed, so a mistyped `--run_dir` cannot cost the user other files.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dsg.errors import UserError
+
+MARKER = ".dsg-run"
+METRICS_FILE = "metrics.csv"
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the only one, or the first of a distributed run.
+
+    Read from the environment, because it must be known before any process group exists: launchers
+    set `RANK`, or `LOCAL_RANK` beside `NODE_RANK`; Slurm sets `SLURM_PROCID`.
+    """
+    for names in (("RANK",), ("LOCAL_RANK", "NODE_RANK"), ("SLURM_PROCID",)):
+        if names[0] in os.environ:
+            return all(int(os.environ.get(name, 0)) == 0 for name in names)
+    return True
+
+
+@contextmanager
+def run_directory(
+    path: str | Path, *, overwrite: bool = False, resume: bool = False
+) -> Iterator[Path]:
+    """Claim the directory of a run for the length of a `with` block.
+
+    A `UserError` inside the block undoes everything: what was written is removed and a directory
+    that was being overwritten comes back. Any other end, an interrupt included, keeps what was
+    written. Ranks other than zero touch nothing and get the same path.
+
+    Args:
+        path: The directory; parents are made as needed.
+        overwrite: Replace an earlier run in this directory.
+        resume: Keep an earlier run in this directory and continue it.
+
+    Yields:
+        The directory.
+
+    Raises:
+        UserError: The directory holds files and neither option was given, is not a run directory
+            although one was, or cannot be written.
+    """
+    directory = Path(path).expanduser()
+    if not is_rank_zero():
+        yield directory
+        return
+    if overwrite and resume:
+        raise UserError("Give either --overwrite or --resume, got both; choose one.")
+    if resume:
+        _check_resumable(directory)
+        yield directory
+        return
+    replaced = _set_aside(directory, overwrite)
+    made = _make(directory)
+    try:
+        yield directory
+    except UserError:
+        _remove_contents(directory)
+        for folder in made:
+            with suppress(OSError):  # someone else may have put a run into a shared parent
+                folder.rmdir()
+        if replaced is not None:
+            replaced.rename(directory.resolve())
+        raise
+    except BaseException:
+        _remove(replaced)
+        raise
+    _remove(replaced)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of a run that was written last; None if the run has none."""
+    checkpoints = directory.rglob("checkpoints/*.ckpt")
+    return max(checkpoints, key=lambda file: (file.stat().st_mtime_ns, file.name), default=None)
+
+
+def keep_earlier_metrics(directory: Path) -> None:
+    """Rename `metrics.csv`, because the CSV logger of a resumed run deletes the one it finds."""
+    current = directory / METRICS_FILE
+    if is_rank_zero() and current.is_file():
+        number = 1 + len(list(directory.glob("metrics.before_resume_*.csv")))
+        current.rename(directory / f"metrics.before_resume_{number}.csv")
+
+
+def _check_resumable(directory: Path) -> None:
+    if not (directory / MARKER).is_file():
+        raise UserError(
+            f"--resume needs the directory of an earlier run, got run_dir {str(directory)!r} which "
+            f"is none; leave --resume out or name another --run_dir."
+        )
+    _write_marker(directory)
+
+
+def _set_aside(directory: Path, overwrite: bool) -> Path | None:
+    """Move the run that is to be overwritten out of the way; return where it lies."""
+    if not directory.exists():
+        return None
+    if not directory.is_dir():
+        raise UserError(
+            f"run_dir must be a directory, got the file {str(directory)!r}; name another --run_dir."
+        )
+    if not any(directory.iterdir()):
+        return None
+    if not overwrite:
+        raise UserError(
+            f"run_dir {str(directory)!r} already holds files; add --overwrite to replace that run, "
+            f"--resume to continue it, or name another --run_dir."
+        )
+    if not (directory / MARKER).is_file():
+        raise UserError(
+            f"--overwrite replaces earlier runs only, and run_dir {str(directory)!r} was not "
+            f"written by dsg (it has no {MARKER}); name another --run_dir."
+        )
+    real = directory.resolve()
+    if Path.cwd().is_relative_to(real):
+        raise UserError(
+            f"--overwrite cannot replace run_dir {str(directory)!r} from inside it; "
+            f"change to another working directory."
+        )
+    replaced = real.with_name(f".{real.name}.replaced")
+    try:
+        _remove(replaced)  # left by a run that was killed outright
+        return real.rename(replaced)
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+
+
+def _make(directory: Path) -> list[Path]:
+    """Make and mark the directory; return the folders that are new, innermost first."""
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+    _write_marker(directory)
+    return made
+
+
+def _write_marker(directory: Path) -> None:
+    try:
+        (directory / MARKER).write_text("This directory belongs to one run of dsg.\n")
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run_dir {str(directory)!r} cannot be written ({error.strerror}); "
+        f"name a writable one with --run_dir."
+    )
+
+
+def _remove_contents(directory: Path) -> None:
+    for child in directory.iterdir():
+        _remove(child)
+
+
+def _remove(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
