@@ -1,4 +1,4 @@
-"""Packed token blocks for training a small language model, with a tokenizer trained on the texts."""
+"""Packed token blocks for training a small language model, and the tokenizer for them."""
 
 from collections.abc import Iterable, Sequence
 

@@ -24,9 +24,9 @@ LEAD_SHARE = 0.5
 FILLER_SHARE = 0.2
 FACTS_PER_DOCUMENT = 4
 
-_ONSETS = ("b", "br", "d", "dr", "f", "g", "gr", "k", "kl", "l", "m", "n", "p", "r", "s", "t", "v", "z")
-_VOWELS = ("a", "e", "i", "o", "u", "ae", "io")
-_CODAS = ("l", "n", "r", "s", "x", "th", "k", "m")
+_ONSETS = "b br d dr f g gr k kl l m n p r s t v z".split()
+_VOWELS = "a e i o u ae io".split()
+_CODAS = "l n r s x th k m".split()
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,17 @@ class World:
                 yield self._document(rng, domain, rng.choice(self.entities[domain]))
 
     def documents(
-        self, domains: Sequence[str], count: int, purpose: str, entities: Iterable[str] | None = None
+        self,
+        domains: Sequence[str],
+        count: int,
+        purpose: str,
+        entities: Iterable[str] | None = None,
     ) -> list[str]:
         """`count` different profiles of entities of these domains.
 
         Args:
+            domains: Names in `DOMAINS`.
+            count: Number of texts.
             purpose: Names the use; another purpose gives other texts.
             entities: Only these entities, all of the domains' when None.
         """

@@ -1,0 +1,268 @@
+"""The embedded benchmark as Lightning data: evaluation, unlearning, relearning and sequences."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning
+from torch.utils.data import DataLoader
+
+from datamodules.loading import batch_loader, load_tokenizer, passage_loader, question_loader
+from datamodules.tiny_world import Split
+from datamodules.tiny_world_texts import TinyWorldTexts
+from datamodules.tiny_world_words import FORGET_DOMAINS
+from dsg.errors import UserError
+from dsg.scoring import Passage, Question
+from dsg.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
+
+Task = Literal["evaluate", "unlearn", "relearn"]
+
+
+class TinyWorldData(lightning.LightningDataModule):
+    """One forget domain of the tiny world.
+
+    Validation facts are for choosing settings, test facts for reports. A run that chooses nothing
+    may evaluate on test facts during `fit` already (`val_split`).
+
+    Args:
+        model_name: Folder of the benchmark's model, for its tokenizer.
+        seed: The world's seed.
+        forget_domain: `pathogen`, `malware` or `toxin`.
+        task: What `fit` trains on: nothing, pairs of forget and retain batches (`unlearn`), or the
+            attacker's text, half of it about half of the forget entities, half retain text.
+        val_split: Facts that `val_dataloader` asks about.
+        batch_size: Questions or passages of an evaluation batch.
+        train_batch_size: Texts of a training batch; of each kind for `unlearn`.
+        num_train_texts: Forget texts of the training data; there are as many retain texts.
+        allow_overlap: The attacker's text states evaluated facts; `relearn` needs this said.
+
+    Raises:
+        UserError: `relearn` without `allow_overlap`, or an unknown forget domain.
+    """
+
+    name = "tiny_world"
+
+    def __init__(
+        self,
+        model_name: str,
+        seed: int = 0,
+        forget_domain: str = "pathogen",
+        task: Task = "evaluate",
+        val_split: Split = "validation",
+        batch_size: int = 64,
+        train_batch_size: int = 8,
+        num_train_texts: int = 120,
+        allow_overlap: bool = False,
+    ) -> None:
+        super().__init__()
+        if task == "relearn" and not allow_overlap:
+            raise UserError(
+                "`allow_overlap` must be true for the task 'relearn', because the attacker's text "
+                "states facts that are evaluated (rows of shown and unshown facts are kept apart); "
+                "set it."
+            )
+        self.model_name = model_name
+        self.seed = seed
+        self.texts = TinyWorldTexts(seed, forget_domain)
+        self.task = task
+        self.val_split: Split = val_split
+        self.batch_size = batch_size
+        self.train_batch_size = train_batch_size
+        self.num_train_texts = num_train_texts
+        self.tokenizer: Any = None
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer, once."""
+        del stage
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.model_name)
+
+    def questions(self, split: Split) -> list[Question]:
+        """All questions of a half of the facts."""
+        return self.texts.questions(split, attacked=self.task == "relearn")
+
+    def passages(self, split: Split) -> list[Passage]:
+        """Documents whose perplexity is measured."""
+        return self.texts.passages(split)
+
+    def forget_texts(self) -> list[str]:
+        """Documents of the forget domain."""
+        return self.texts.forget_texts()
+
+    def retain_texts(self) -> list[str]:
+        """Documents of the distant domains."""
+        return self.texts.retain_texts()
+
+    def calibration_texts(self, near: bool) -> list[str]:
+        """Short retain texts that set the threshold."""
+        return self.texts.calibration_texts(near)
+
+    def heldout_texts(self) -> list[str]:
+        """Short retain texts for the false-positive rate."""
+        return self.texts.heldout_texts()
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the attacker's or the unlearner's text, in an order that the seed decides.
+
+        Raises:
+            UserError: The task is `evaluate`.
+        """
+        if self.task == "evaluate":
+            raise UserError("`task` must be 'unlearn' or 'relearn' for fit, got 'evaluate'.")
+        if self.task == "unlearn":
+            return unlearning_loader(self, self.forget_texts(), self.retain_texts())
+        forget, retain = self.texts.attack_texts(self.num_train_texts)
+        rows = encode_texts(self.tokenizer, forget + retain, None)
+        rng = random.Random(f"attack order {self.seed}")
+        order = rng.sample(range(len(rows)), len(rows))
+        return batch_loader(
+            rows,
+            chunks(order, self.train_batch_size),
+            self.trainer,
+            token_collate(self.tokenizer),
+            equal_steps=True,
+        )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Questions and passages of `val_split`."""
+        return self._evaluation(self.val_split)
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Questions and passages of the test half."""
+        return self._evaluation("test")
+
+    def _evaluation(self, split: Split) -> list[DataLoader]:
+        size, trainer = self.batch_size, self.trainer
+        return [
+            question_loader(self.tokenizer, self.questions(split), size, trainer),
+            passage_loader(self.tokenizer, self.passages(split), size, trainer),
+        ]
+
+
+class TinyWorldRequests(lightning.LightningDataModule):
+    """A curriculum of forget requests; every evaluation asks about all of them.
+
+    Args:
+        model_name: Folder of the benchmark's model, for its tokenizer.
+        seed: The world's seed.
+        request_domains: Forget domains in the order in which they are requested.
+        val_split: Facts that `val_dataloader` asks about.
+        batch_size: Questions or passages of an evaluation batch.
+        train_batch_size: Forget texts, and retain texts, of a training batch.
+        num_train_texts: Forget texts, and retain texts, of a request.
+    """
+
+    name = "tiny_world"
+
+    def __init__(
+        self,
+        model_name: str,
+        seed: int = 0,
+        request_domains: Sequence[str] = FORGET_DOMAINS,
+        val_split: Split = "test",
+        batch_size: int = 64,
+        train_batch_size: int = 8,
+        num_train_texts: int = 400,
+    ) -> None:
+        super().__init__()
+        self.model_name = model_name
+        self.seed = seed
+        self.request_domains = list(request_domains)
+        self.requests = [TinyWorldTexts(seed, domain) for domain in self.request_domains]
+        self.val_split: Split = val_split
+        self.batch_size = batch_size
+        self.train_batch_size = train_batch_size
+        self.num_train_texts = num_train_texts
+        self.tokenizer: Any = None
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer, once."""
+        del stage
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.model_name)
+
+    def questions(self, split: Split) -> list[Question]:
+        """Questions of every request's domain under its own name, and near and retain questions."""
+        found = [
+            replace(question, domain=texts.forget_domain)
+            for texts in self.requests
+            for question in texts.questions(split)
+            if question.domain == "forget"
+        ]
+        found += [q for q in self.requests[0].questions(split) if q.domain in ("near", "retain")]
+        return [replace(question, id=id) for id, question in enumerate(found)]
+
+    def passages(self, split: Split) -> list[Passage]:
+        """Retain documents whose perplexity is measured."""
+        found = [p for p in self.requests[0].passages(split) if p.domain == "retain"]
+        return [replace(passage, id=id) for id, passage in enumerate(found)]
+
+    def retain_texts(self) -> list[str]:
+        """Documents of the distant domains."""
+        return self.requests[0].retain_texts()
+
+    def calibration_texts(self, near: bool) -> list[str]:
+        """Short retain texts that set the threshold; `near` adds the current request's others."""
+        return self.requests[self._request()].calibration_texts(near)
+
+    def heldout_texts(self) -> list[str]:
+        """Short retain texts for the false-positive rate."""
+        return self.requests[0].heldout_texts()
+
+    def forget_texts(self) -> list[str]:
+        """Documents of the current request's domain."""
+        return self.requests[self._request()].forget_texts()
+
+    def train_dataloader(self) -> DataLoader:
+        """Forget and retain batches of the current request."""
+        return unlearning_loader(self, self.forget_texts(), self.retain_texts())
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Questions and passages of `val_split`."""
+        split, size, trainer = self.val_split, self.batch_size, self.trainer
+        return [
+            question_loader(self.tokenizer, self.questions(split), size, trainer),
+            passage_loader(self.tokenizer, self.passages(split), size, trainer),
+        ]
+
+    def _request(self) -> int:
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        return min(epoch, len(self.requests) - 1)
+
+
+def unlearning_loader(
+    data: TinyWorldData | TinyWorldRequests, forget: Sequence[str], retain: Sequence[str]
+) -> DataLoader:
+    """Pairs of a forget and a retain batch, numbered over all ranks."""
+    count, size = data.num_train_texts, data.train_batch_size
+    pairs = list(
+        zip(
+            encode_texts(data.tokenizer, forget[:count], None),
+            encode_texts(data.tokenizer, retain[:count], None),
+            strict=True,
+        )
+    )
+    rows = [
+        (id, pairs[start : start + size]) for id, start in enumerate(range(0, len(pairs), size))
+    ]
+    collate = token_collate(data.tokenizer)
+
+    def pair_collate(items: list[tuple[int, list[tuple[list[int], list[int]]]]]) -> dict[str, Any]:
+        [(id, batch)] = items
+        forget_rows, retain_rows = zip(*batch, strict=True)
+        return {"id": id, "forget": collate(forget_rows), "retain": collate(retain_rows)}
+
+    one_each = [[index] for index in range(len(rows))]
+    return batch_loader(rows, one_each, data.trainer, pair_collate, equal_steps=True)
+
+
+def token_collate(tokenizer: Any) -> Any:
+    """Make the function that pads token lists on the right."""
+    pad_id, uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
+    return lambda rows: pad_sequences(rows, pad_id, uncounted_ids)
+
+
+def chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Consecutive pieces of `size` items, the last one possibly shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
