@@ -24,9 +24,9 @@ LEAD_SHARE = 0.5
 FILLER_SHARE = 0.2
 FACTS_PER_DOCUMENT = 4
 
-_ONSETS = "b br d dr f g gr k kl l m n p r s t v z".split()
-_VOWELS = "a e i o u ae io".split()
-_CODAS = "l n r s x th k m".split()
+_ONSETS = ("b", "br", "d", "dr", "f", "g", "gr", "k", "l", "m", "n", "p", "r", "s", "t", "v")
+_VOWELS = ("a", "e", "i", "o", "u", "ae", "io")
+_CODAS = ("l", "n", "r", "s", "x", "th", "k", "m")
 
 
 @dataclass(frozen=True)
