@@ -80,7 +80,7 @@ class TinyWorldCorpus(lightning.LightningDataModule):
     def __init__(
         self,
         seed: int = 0,
-        num_documents: int = 18_000,
+        num_documents: int = 22_000,
         vocab_size: int = 2048,
         context_length: int = 64,
         batch_size: int = 16,
