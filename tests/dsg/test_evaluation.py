@@ -1,0 +1,168 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsg.calibration import wilson
+from dsg.evaluation import PerSample, score_all, summarise
+from dsg.scoring import Passage, Question, cloze_collate, passage_collate
+from tests.dsg.scoring_helpers import QUESTIONS, make_passages, tiny_guard
+
+
+def question(index: int, domain: str, form: str = "statement", shown=None) -> Question:
+    return Question(index, domain, form, "w1", (" w2", " w3", " w4", " w5"), 0, shown)
+
+
+def values_of(correct, density=None, margin=1.0) -> dict[str, torch.Tensor]:
+    correct = torch.tensor(correct, dtype=torch.float64)
+    nan = torch.full_like(correct, torch.nan)
+    density = nan if density is None else torch.tensor(density, dtype=torch.float64)
+    return {
+        "correct": correct,
+        "correct_probability": correct,
+        "margin": torch.full_like(correct, margin),
+        "triggered": torch.where(density.isnan(), nan, (density > 0.5).double()),
+        "density": density,
+    }
+
+
+QUESTIONS_OF_FOUR_DOMAINS = [
+    question(5, "retain", "question"),
+    question(0, "forget", shown=True),
+    question(1, "forget", "question", shown=False),
+    question(2, "forget", shown=False),
+    question(3, "near"),
+    question(4, "retain"),
+]
+
+
+def table(measurements) -> dict[tuple[str, str, str], tuple[float, int]]:
+    found = {(m.domain, m.metric, m.protocol): (m.value, m.n) for m in measurements}
+    assert len(found) == len(measurements)
+    return found
+
+
+def test_accuracies_by_hand():
+    values = values_of([1, 0, 0, 1, 1, 0])
+    measurements = summarise(QUESTIONS_OF_FOUR_DOMAINS, values, [], {})
+    assert table(measurements) == {
+        ("forget", "accuracy", "cloze"): (1 / 3, 3),
+        ("forget", "accuracy", "cloze_statement"): (0.5, 2),
+        ("forget", "accuracy", "cloze_question"): (0.0, 1),
+        ("forget_shown", "accuracy", "cloze"): (1.0, 1),
+        ("forget_shown", "accuracy", "cloze_statement"): (1.0, 1),
+        ("forget_unshown", "accuracy", "cloze"): (0.0, 2),
+        ("forget_unshown", "accuracy", "cloze_statement"): (0.0, 1),
+        ("forget_unshown", "accuracy", "cloze_question"): (0.0, 1),
+        ("near", "accuracy", "cloze"): (1.0, 1),
+        ("near", "accuracy", "cloze_statement"): (1.0, 1),
+        ("retain", "accuracy", "cloze"): (0.5, 2),
+        ("retain", "accuracy", "cloze_statement"): (1.0, 1),
+        ("retain", "accuracy", "cloze_question"): (0.0, 1),
+    }
+    interval = wilson(1, 3)
+    assert (measurements[0].low, measurements[0].high) == (interval.low, interval.high)
+
+
+def test_gate_by_hand():
+    values = values_of([0] * 6, density=[0.9, 0.2, 0.6, 0.6, 0.2, 0.1])
+    found = table(summarise(QUESTIONS_OF_FOUR_DOMAINS, values, [], {}))
+    assert found["forget", "trigger_rate", "cloze"] == (2 / 3, 3)
+    assert found["near", "trigger_rate", "cloze"] == (1.0, 1)
+    assert found["retain", "trigger_rate", "cloze"] == (0.0, 2)
+    # Of the 3 x 2 pairs five are ordered rightly and one (0.2, 0.2) is a tie.
+    assert found["forget", "density_auroc", "cloze"] == (pytest.approx(5.5 / 6), 5)
+
+
+def test_alignment_by_hand():
+    base = values_of([1, 1, 1, 1, 1, 1])
+    values = values_of([1, 0, 0, 1, 1, 1])
+    found = table(summarise(QUESTIONS_OF_FOUR_DOMAINS, values, [], {}, baseline=base))
+    forget = (1 / 3 - 0.25) / 0.75
+    assert found["forget", "alignment", "cloze"] == (pytest.approx(1 - forget), 5)
+
+
+def test_perplexity_by_hand():
+    passages = [Passage(1, "retain", "b"), Passage(0, "retain", "a"), Passage(2, "forget", "c")]
+    nan = torch.full((3,), torch.nan, dtype=torch.float64)
+    values = {
+        "nll_sum": torch.tensor([2.0, 4.0, 5.0], dtype=torch.float64),
+        "num_tokens": torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64),
+        "triggered": nan,
+        "density": nan,
+    }
+    found = table(summarise([], {}, passages, values))
+    assert found == {("retain", "perplexity", "passages"): (pytest.approx(np.exp(6 / 4)), 2)}
+
+
+def test_requests_are_reported_apart_and_together():
+    questions = [
+        question(0, "pathogen"),
+        question(1, "malware"),
+        question(2, "chemical"),
+        question(3, "retain"),
+    ]
+    found = table(
+        summarise(
+            questions,
+            values_of([1, 0, 1, 1]),
+            [],
+            {},
+            baseline=values_of([1, 1, 1, 1]),
+            forget_domains=("pathogen", "malware"),
+        )
+    )
+    assert found["pathogen", "accuracy", "cloze"] == (1.0, 1)
+    assert found["forget", "accuracy", "cloze"] == (0.5, 2)
+    assert found["chemical", "accuracy", "cloze"] == (1.0, 1)
+    assert ("forget", "alignment", "cloze") in found
+
+
+def test_ties_are_reported(caplog):
+    with caplog.at_level(logging.WARNING):
+        summarise([question(0, "retain")], values_of([1], margin=1e-6), [], {})
+    assert "1 of 1 questions of 'retain' are ties" in caplog.text
+
+
+@given(data=st.data(), num=st.integers(1, 12))
+def test_order_and_batches_do_not_change_per_sample_values(data, num):
+    ids = data.draw(st.permutations(range(num)))
+    cut = data.draw(st.integers(0, num))
+    metric = PerSample(("a", "b"), num)
+    for part in (ids[:cut], ids[cut:]):
+        if part:
+            column = torch.tensor(part, dtype=torch.float64)
+            metric.update(torch.tensor(part), {"b": 10 * column, "a": column + 0.1})
+    values = metric.by_id()
+    expected = torch.arange(num, dtype=torch.float64)
+    assert list(values) == ["a", "b"]
+    assert torch.equal(values["a"], expected + 0.1)
+    assert torch.equal(values["b"], 10 * expected)
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [0, 1, 1], [0, 1, 2, 2], []])
+def test_a_sample_that_is_missing_or_repeated(ids):
+    metric = PerSample(("a",), expected=3)
+    if ids:
+        metric.update(torch.tensor(ids), {"a": torch.zeros(len(ids))})
+    with pytest.raises(RuntimeError, match="3 samples must be scored exactly once"):
+        metric.by_id()
+
+
+def test_nothing_to_score():
+    assert PerSample(("a",), expected=0).by_id()["a"].shape == (0,)
+
+
+def test_score_all_is_in_the_order_of_the_ids(model, tokenizer):
+    collate = cloze_collate(tokenizer)
+    guard = tiny_guard(model, tokenizer, threshold=0.5)
+    together = score_all(model, [collate(QUESTIONS)], guard)
+    apart = score_all(model, [collate(QUESTIONS[7:]), collate(QUESTIONS[:7])], guard)
+    for name, column in together.items():
+        torch.testing.assert_close(apart[name], column, atol=1e-5, rtol=1e-5)
+    passages = make_passages()
+    values = score_all(model, [passage_collate(tokenizer)(passages)])
+    assert values["num_tokens"].tolist() == [len(p.text.split()) for p in passages]
