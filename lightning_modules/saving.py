@@ -1,11 +1,16 @@
-"""Where a run leaves a changed model: an ordinary Hugging Face folder in the run directory."""
+"""What a run leaves behind: a small checkpoint, guards, and a changed model."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning
 from transformers import PreTrainedModel
 
+from dsg.guard import Guard
+from dsg.stack import GuardStack
+
 MODEL_FOLDER = "model"
+GUARDS_FOLDER = "guards"
 
 
 def save_model_folder(trainer: lightning.Trainer, model: PreTrainedModel) -> Path | None:
@@ -26,3 +31,30 @@ def save_model_folder(trainer: lightning.Trainer, model: PreTrainedModel) -> Pat
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def keep_trainable(module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Drop from a checkpoint the weights that training cannot have changed.
+
+    They are loaded by name when the run is resumed; set `strict_loading = False`.
+    """
+    trainable = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {
+        name: weight for name, weight in weights.items() if name in trainable
+    }
+
+
+def save_youngest(trainer: lightning.Trainer, guards: GuardStack) -> None:
+    """Write the youngest guard of a stack to `<run directory>/guards`, on rank zero."""
+    if trainer.is_global_zero:
+        guards.guards[-1].save(_guard_folder(trainer, len(guards)))
+
+
+def load_guards(trainer: lightning.Trainer, count: int) -> list[Guard]:
+    """Read the first `count` guards that `save_youngest` wrote, oldest first."""
+    return [Guard.load(_guard_folder(trainer, number)) for number in range(1, count + 1)]
+
+
+def _guard_folder(trainer: lightning.Trainer, number: int) -> Path:
+    return Path(trainer.default_root_dir) / GUARDS_FOLDER / f"request_{number}"

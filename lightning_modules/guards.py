@@ -1,0 +1,47 @@
+"""Makes a run's guard from its settings and its data module's texts."""
+
+from typing import Any
+
+import lightning
+from transformers import PreTrainedModel
+
+from dsg.guard import Guard
+from dsg.recipes import GuardMaker, GuardSettings
+from dsg.sae import load_sae
+from lightning_modules.protocols import GUARD_DATA, data_of
+
+
+def make_guard(
+    settings: GuardSettings, model: PreTrainedModel, trainer: lightning.Trainer
+) -> Guard:
+    """Make the guard for the forget texts of the trainer's data module.
+
+    Every rank makes it from all texts, so it does not depend on their number.
+
+    Args:
+        settings: Which guard to make.
+        model: The unguarded model; moved to the trainer's device.
+        trainer: Supplies the data module.
+    """
+    data = data_of(trainer, *GUARD_DATA)
+    maker = guard_maker(settings, model, trainer)
+    return maker.make(maker.statistics(data.forget_texts()))
+
+
+def guard_maker(
+    settings: GuardSettings, model: PreTrainedModel, trainer: lightning.Trainer
+) -> GuardMaker:
+    """What makes guards for several requests; collects the retain statistics at once."""
+    data: Any = data_of(trainer, *GUARD_DATA)
+    device = trainer.strategy.root_device
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    sae = load_sae(settings.sae, settings.sae_id, device=str(device))
+    return GuardMaker(
+        settings,
+        model,
+        data.tokenizer,
+        sae,
+        data.retain_texts(),
+        data.calibration_texts(near=settings.method == "dsg_near"),
+        data.heldout_texts(),
+    )

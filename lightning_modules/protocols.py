@@ -1,0 +1,115 @@
+"""What a data module must offer to the modules of this package.
+
+The two packages never import each other: these protocols are their whole contract. A data module
+implements those that its runs need; a missing attribute is reported when the run starts.
+
+All loaders use batches that were formed globally and are dealt whole to the ranks; they run with
+`Trainer(use_distributed_sampler=False)`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypedDict, cast
+
+from dsg.errors import UserError
+from dsg.scoring import ClozeBatch, Passage, PassageBatch, Question
+from dsg.tokens import TokenBatch
+
+Split = Literal["validation", "test"]
+
+EVALUATION_DATA = ("name", "tokenizer", "questions", "passages")
+REQUEST_DATA = (*EVALUATION_DATA, "request_domains")
+GUARD_DATA = ("tokenizer", "forget_texts", "retain_texts", "calibration_texts", "heldout_texts")
+
+
+class EvaluationData(Protocol):
+    """Questions and passages, and the batches that hold each of them exactly once.
+
+    `val_dataloader()` yields the batches of the `validation` split, `test_dataloader()` those of
+    the `test` split, in any order and from any number of loaders.
+    """
+
+    name: str
+    """The `dataset` column of the results."""
+    tokenizer: Any
+    """The model's tokenizer, present after `setup`."""
+
+    def questions(self, split: Split) -> Sequence[Question]:
+        """All questions of a split; their domain is the name to report them under."""
+        ...
+
+    def passages(self, split: Split) -> Sequence[Passage]:
+        """All passages of a split; may be empty."""
+        ...
+
+    def val_dataloader(self) -> "Sequence[Sequence[ClozeBatch] | Sequence[PassageBatch]]":
+        """Batches of the validation split."""
+        ...
+
+    def test_dataloader(self) -> "Sequence[Sequence[ClozeBatch] | Sequence[PassageBatch]]":
+        """Batches of the test split."""
+        ...
+
+
+class GuardData(Protocol):
+    """Texts from which a guard is built, on every rank."""
+
+    tokenizer: Any
+
+    def forget_texts(self) -> Sequence[str]:
+        """Texts about what is to be forgotten."""
+        ...
+
+    def retain_texts(self) -> Sequence[str]:
+        """Distant retain texts for the selection of features."""
+        ...
+
+    def calibration_texts(self, near: bool) -> Sequence[str]:
+        """Retain texts that set the threshold, none of them among `retain_texts`.
+
+        Args:
+            near: Whether the near domain and other hazards belong to them (method `dsg_near`).
+        """
+        ...
+
+    def heldout_texts(self) -> Sequence[str]:
+        """Retain texts for the false-positive rate, in neither of the other two."""
+        ...
+
+
+class RequestData(GuardData, EvaluationData, Protocol):
+    """A curriculum of forget requests; `forget_texts` is not used.
+
+    `train_dataloader()` yields the `UnlearningBatch`es of request number `trainer.current_epoch`
+    (from 0), at least one per rank, and is asked again every epoch
+    (`Trainer(reload_dataloaders_every_n_epochs=1)`). Where the module only sums up
+    (`trainer.lightning_module.automatic_optimization` is false) no batch may be left out; where it
+    trains, every rank must get equally many.
+    """
+
+    request_domains: Sequence[str]
+    """The questions' domain of each request, in the order of the requests."""
+
+
+class UnlearningBatch(TypedDict):
+    """One training batch of `UnlearningModule` and `SequentialModule`."""
+
+    id: int
+    """Number of the batch in the whole epoch, over all ranks, from 0."""
+    forget: TokenBatch
+    retain: TokenBatch
+
+
+def data_of(trainer: Any, *names: str) -> Any:
+    """The trainer's data module, which must have the attributes `names`.
+
+    Raises:
+        UserError: There is none, or it lacks one of them.
+    """
+    data = getattr(trainer, "datamodule", None)
+    missing = [name for name in names if not hasattr(data, name)]
+    if missing:
+        raise UserError(
+            f"`data` must offer {', '.join(missing)} for this kind of run, but "
+            f"{type(data).__name__} does not; choose a data module made for it."
+        )
+    return cast(Any, data)

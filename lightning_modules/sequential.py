@@ -1,0 +1,204 @@
+"""Sequential forget requests as a `fit` run: one epoch is one request."""
+
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dsg.errors import UserError
+from dsg.objectives.rmu import RMU
+from dsg.recipes import GuardMaker, GuardSettings
+from dsg.scoring import ClozeBatch, PassageBatch
+from dsg.stack import GuardStack
+from dsg.statistics import FeatureStatistics, collect_statistics
+from lightning_modules.distributed import (
+    exclude_frozen_from_ddp,
+    leave_unwrapped,
+    merge_over_ranks,
+)
+from lightning_modules.guards import guard_maker
+from lightning_modules.loading import load_model, short_name
+from lightning_modules.measuring import (
+    Labels,
+    Measurer,
+    epochs_done,
+    require_full_sanity_check,
+)
+from lightning_modules.protocols import REQUEST_DATA, UnlearningBatch, data_of
+from lightning_modules.saving import keep_trainable, load_guards, save_youngest
+from lightning_modules.unlearning import RMUSettings
+
+
+class SequentialModule(lightning.LightningModule):
+    """Fulfils one forget request per epoch and then measures all of them again.
+
+    With `guard`, an epoch sums up feature statistics of the request's forget text, read from the
+    plain model with every guard detached, and appends a guard to the stack; no weight changes. With
+    `rmu`, an epoch trains on the request's batches; the reference stays the original model.
+
+    Args:
+        model_name: Hugging Face folder or hub name of the model.
+        guard: How to make the guard of each request; excludes `rmu`.
+        rmu: How to change the weights; excludes `guard`.
+        experiment: The `experiment` column.
+        seed: The `seed` column.
+        model_label: The `model` column; None takes the model's name.
+
+    Raises:
+        UserError: Not exactly one of `guard` and `rmu` is given.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        guard: GuardSettings | None = None,
+        rmu: RMUSettings | None = None,
+        experiment: str = "sequential",
+        seed: int | None = None,
+        model_label: str | None = None,
+    ) -> None:
+        super().__init__()
+        if (guard is None) == (rmu is None):
+            raise UserError(
+                "exactly one of `guard` and `rmu` must be given, got "
+                f"{'neither' if guard is None else 'both'}; choose how requests are fulfilled."
+            )
+        self.model_name = model_name
+        self.guard_settings = guard
+        self.rmu_settings = rmu
+        self.experiment = experiment
+        self.seed = seed
+        self.model_label = model_label or short_name(model_name)
+        # Guards are appended, not optimized.
+        self.automatic_optimization = guard is None
+        self.strict_loading = False
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.measurer = Measurer()
+        self.model: PreTrainedModel | None = None
+        self.objective: RMU | None = None
+        self.maker: GuardMaker | None = None
+        self.guards = GuardStack()
+        self._batches: dict[int, FeatureStatistics] = {}
+
+    def setup(self, stage: str) -> None:
+        """Let `fit` run without trainable weights."""
+        del stage
+        if self.guard_settings is not None:
+            leave_unwrapped(self.trainer.strategy)
+
+    def configure_model(self) -> None:
+        """Load the model and what changes or guards it, once."""
+        if self.model is not None:
+            return
+        self.model = load_model(self.model_name)
+        if self.guard_settings is not None:
+            self.maker = guard_maker(self.guard_settings, self.model, self.trainer)
+        if self.rmu_settings is not None:
+            self.objective = self.rmu_settings.objective(self.model)
+            exclude_frozen_from_ddp(self)
+
+    def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""] | None:
+        """Sum up the statistics of a forget batch, or take the RMU loss."""
+        del batch_idx
+        if self.objective is not None:
+            loss = self.objective(self.model, batch["forget"], batch["retain"]).total
+            self.log("train/total_loss", loss, batch_size=len(batch["forget"].input_ids))
+            return loss
+        assert self.maker is not None
+        maker = self.maker
+        self._batches[batch["id"]] = collect_statistics(
+            maker.model, maker.sae, maker.settings.hook_point, [batch["forget"]]
+        )
+        return None
+
+    def on_train_batch_end(self, outputs: Any, batch: UnlearningBatch, batch_idx: int) -> None:
+        """Append the request's guard after the last batch.
+
+        Not in `on_train_epoch_end`, which comes after the validation that is to measure the guard.
+        """
+        del outputs, batch, batch_idx
+        if self.maker is None or not self.trainer.is_last_batch:
+            return
+        self.guards.append(self.maker.make(merge_over_ranks(self._batches)))
+        self._batches = {}
+        save_youngest(self.trainer, self.guards)
+
+    def on_validation_start(self) -> None:
+        """Begin an evaluation of all requests."""
+        data = data_of(self.trainer, *REQUEST_DATA)
+        self.measurer.start(data, "validation", self._stack())
+
+    def validation_step(
+        self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Score a batch."""
+        del batch_idx, dataloader_idx
+        assert self.model is not None
+        self.measurer.update(self.model, batch, self._stack())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and write the results; request 0 is the state before the first one."""
+        data = data_of(self.trainer, *REQUEST_DATA)
+        settings = self.guard_settings
+        labels = Labels(
+            experiment=self.experiment,
+            method=settings.method if settings else "rmu",
+            model=self.model_label,
+            dataset=data.name,
+            seed=self.seed,
+        )
+        request = epochs_done(self.trainer)
+        self.measurer.finish(
+            self.trainer,
+            labels,
+            stage="val",
+            epoch=request,
+            request=request,
+            forget_domains=tuple(data.request_domains[:request]),
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """AdamW over the weights that RMU may change; nothing for guards."""
+        if self.rmu_settings is None:
+            return None
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        return torch.optim.AdamW(weights, lr=self.rmu_settings.lr, weight_decay=0.0)
+
+    def on_fit_start(self) -> None:
+        """Check that every epoch sees its own request and that all states are measured.
+
+        Raises:
+            UserError: The trainer does not reload the data, or has no epoch for each request.
+        """
+        require_full_sanity_check(self.trainer)
+        # Lightning sets the attribute without declaring it.
+        reload_every: int = getattr(self.trainer, "reload_dataloaders_every_n_epochs")  # noqa: B009
+        if reload_every != 1:
+            raise UserError(
+                "`reload_dataloaders_every_n_epochs` must be 1, because every epoch is another "
+                f"request, got {reload_every}; set trainer.reload_dataloaders_every_n_epochs: 1."
+            )
+        num_requests = len(data_of(self.trainer, *REQUEST_DATA).request_domains)
+        if self.trainer.max_epochs != num_requests:
+            raise UserError(
+                f"`max_epochs` must be the number of requests, {num_requests}, got "
+                f"{self.trainer.max_epochs}; set trainer.max_epochs."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the requests changed; the guards lie in the run directory."""
+        keep_trainable(self, checkpoint)
+        checkpoint["measurer"] = self.measurer.state()
+        checkpoint["num_guards"] = len(self.guards)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the measurements and guards of the interrupted run."""
+        self.measurer.load_state(checkpoint["measurer"])
+        for guard in load_guards(self.trainer, checkpoint["num_guards"]):
+            self.guards.append(guard)
+
+    def _stack(self) -> GuardStack | None:
+        return self.guards if len(self.guards) else None
