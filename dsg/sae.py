@@ -1,5 +1,6 @@
 """Loading sparse autoencoders and cutting out the few features that a guard needs."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,10 @@ class FeatureSlice(DeviceOnlyModule):
     def d_in(self) -> int:
         """Width of the hook point."""
         return self.W_dec.shape[1]
+
+    def on(self, device: torch.device) -> "FeatureSlice":
+        """This slice on a device: itself if it is there, else a copy."""
+        return self if self.W_dec.device == device else copy.deepcopy(self).to(device)
 
     def encode(self, h: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
         """Activations of the selected features, differentiable, at least in float32.

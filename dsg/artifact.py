@@ -1,0 +1,137 @@
+"""Guards on disk: one safetensors file and one JSON file, both checked by hash."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dsg.errors import UserError
+
+TENSORS_FILE = "guard.safetensors"
+SETTINGS_FILE = "guard.json"
+_FORMAT = "dynamic-sae-guardrails"
+_VERSION = 1
+_TENSORS = {"feature_ids", "W_enc", "b_enc", "activation_threshold", "W_dec"}
+_SETTINGS = {
+    "hook_point",
+    "uncounted_ids",
+    "pad_id",
+    "threshold",
+    "clamp_value",
+    "clamp_scope",
+    "clamp_unit",
+    "residual_norm",
+    "gate",
+    "facts",
+}
+
+
+def write_artifact(
+    directory: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
+    """Writes tensors and settings so that a reader sees all or nothing of them.
+
+    Args:
+        directory: Created if missing.
+        tensors: The feature slice's buffers.
+        settings: Everything else, representable in JSON.
+
+    Raises:
+        UserError: If the settings are not representable in JSON.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    blob = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    try:
+        # Once through JSON, so that the digest is that of what a reader will see.
+        settings = json.loads(json.dumps(settings, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"`facts` must hold only finite numbers, strings, lists and dicts, got {error}; "
+            "convert them before saving."
+        ) from error
+    header = {
+        "format": _FORMAT,
+        "format_version": _VERSION,
+        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        "settings": settings,
+    }
+    header["sha256"] = _digest(header)
+    text = json.dumps(header, indent=2, sort_keys=True)
+    # The JSON comes last: it vouches for the tensors beside it.
+    _replace(folder / TENSORS_FILE, blob)
+    _replace(folder / SETTINGS_FILE, f"{text}\n".encode())
+
+
+def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write_artifact` wrote.
+
+    The hashes find damage and careless edits; they are no signature.
+
+    Returns:
+        Tensors on the CPU and settings. Values are not checked here but by `Guard`.
+
+    Raises:
+        UserError: If a file is missing, unreadable, altered, or not of this format and version.
+    """
+    folder = Path(directory)
+    try:
+        text, blob = (folder / SETTINGS_FILE).read_bytes(), (folder / TENSORS_FILE).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"`directory` must hold {SETTINGS_FILE} and {TENSORS_FILE}, got {str(folder)!r} "
+            f"({error.strerror}); pass the folder given to `save`."
+        ) from error
+    header = _parse(folder / SETTINGS_FILE, text)
+    if header.get("format_version") != _VERSION:
+        raise UserError(
+            f"{folder / SETTINGS_FILE} must have format_version {_VERSION}, got "
+            f"{header.get('format_version')!r}; load it with the release that wrote it."
+        )
+    stated = header.pop("sha256", None)
+    if stated != _digest(header) or set(header.get("settings", ())) != _SETTINGS:
+        raise _damaged(folder / SETTINGS_FILE)
+    if header.get("tensors_sha256") != hashlib.sha256(blob).hexdigest():
+        raise _damaged(folder / TENSORS_FILE)
+    try:
+        tensors = load(blob)
+    except SafetensorError as error:
+        raise _damaged(folder / TENSORS_FILE) from error
+    if set(tensors) != _TENSORS:
+        raise _damaged(folder / TENSORS_FILE)
+    return tensors, header["settings"]
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path) from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise UserError(
+            f"{path} must be a guard of format {_FORMAT!r}, got another file; pass the folder "
+            "given to `save`."
+        )
+    return header
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} must be as `save` wrote it, but is damaged or was altered; save the guard again."
+    )
+
+
+def _digest(header: dict[str, Any]) -> str:
+    canonical = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
