@@ -114,7 +114,7 @@ def write_results(run_dir: str | Path, rows: Iterable[Mapping[str, Any]]) -> Pat
         json.dumps(unique[identity], ensure_ascii=False, allow_nan=False) + "\n"
         for identity in sorted(unique)
     ]
-    return _write_atomically(Path(run_dir) / RESULTS_FILE, "".join(lines))
+    return write_atomically(Path(run_dir) / RESULTS_FILE, "".join(lines))
 
 
 def read_results(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def write_run_facts(run_dir: str | Path, facts: Mapping[str, Any]) -> Path:
     text = json.dumps(
         _without_secrets(content), indent=2, sort_keys=True, ensure_ascii=False, default=str
     )
-    return _write_atomically(Path(run_dir) / FACTS_FILE, text + "\n")
+    return write_atomically(Path(run_dir) / FACTS_FILE, text + "\n")
 
 
 def read_run_facts(run_dir: str | Path) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _host() -> dict[str, Any]:
     }
 
 
-def _write_atomically(path: Path, text: str) -> Path:
+def write_atomically(path: Path, text: str) -> Path:
     """Write through a temporary neighbour: readers see the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

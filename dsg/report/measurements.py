@@ -1,0 +1,187 @@
+"""Result rows as the report needs them: looked up by key and aggregated over seeds."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsg.metrics import CHANCE, below_chance, mean_interval
+
+Row = Mapping[str, Any]
+
+METHOD_NAMES = {
+    "base": "No unlearning",
+    "dsg": "DSG",
+    "dsg_near": "DSG, near data in calibration",
+    "static_clamp": "Static clamp",
+    "farrell": "Farrell et al.",
+    "random": "Random features",
+    "rmu": "RMU",
+}
+DOMAIN_NAMES = {
+    "forget": "forget",
+    "forget_shown": "forget, shown to the attacker",
+    "forget_unshown": "forget, not shown",
+    "near": "near domain",
+    "other_hazards": "other hazards",
+    "retain": "retain (distant)",
+}
+
+_SPLIT_ORDER = ("test", None)
+_PROTOCOL_ORDER = ("cloze", None)
+_BOUNDED_METRICS = ("accuracy", "trigger_rate", "alignment", "density_auroc", "rouge_l")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table or chart.
+
+    Attributes:
+        value: The measurement, or its mean over seeds.
+        low: Lower end of the interval; None if there is none.
+        high: Upper end of the interval.
+        n: Items per seed; None if unknown.
+        num_seeds: Runs behind the value.
+        below_chance: An accuracy whose pooled Wilson interval lies below chance.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    num_seeds: int = 1
+    below_chance: bool = False
+
+
+class Measurements:
+    """Rows of `results.jsonl` with selection by key and aggregation over seeds."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = [row for row in rows if row["value"] is not None]
+
+    def where(self, **fields: Any) -> "Measurements":
+        """Keep the rows whose keys equal the given values."""
+        return Measurements(
+            row for row in self.rows if all(row[key] == value for key, value in fields.items())
+        )
+
+    def excluding(self, **fields: Any) -> "Measurements":
+        """Drop the rows in which any of the keys has the given value."""
+        return Measurements(
+            row for row in self.rows if all(row[key] != value for key, value in fields.items())
+        )
+
+    def distinct(self, key: str) -> list[Any]:
+        """Values of a key other than None; methods and domains in the report's own order."""
+        order = {
+            name: rank for names in (METHOD_NAMES, DOMAIN_NAMES) for rank, name in enumerate(names)
+        }
+        found = {row[key] for row in self.rows} - {None}
+        return sorted(found, key=lambda name: (order.get(name, 99), isinstance(name, str), name))
+
+    def static(self) -> "Measurements":
+        """Rows without attack and without sequential requests."""
+        return self.where(attack=None, request=None)
+
+    def groups(self) -> list[tuple[str, "Measurements"]]:
+        """Titled groups that one table may show: one model and dataset each.
+
+        Experiments share a table unless they measure the same cell, as the runs of a grid do.
+        """
+        groups = []
+        for model in _distinct_with_none(self.rows, "model"):
+            for dataset in _distinct_with_none(self.rows, "dataset"):
+                rows = self.where(model=model, dataset=dataset)
+                title = ", ".join(str(part) for part in (model, dataset) if part is not None)
+                if not rows.rows:
+                    continue
+                if not rows._experiments_collide():
+                    groups.append((title, rows))
+                    continue
+                for experiment in _distinct_with_none(rows.rows, "experiment"):
+                    name = ", ".join(filter(None, (experiment, title)))
+                    groups.append((name, rows.where(experiment=experiment)))
+        return groups
+
+    def cell(self, **fields: Any) -> Cell | None:
+        """The measurement with these keys, over all seeds; None if there is none.
+
+        Test facts are preferred over validation facts and the overall protocol over its parts.
+        """
+        found = self.where(**fields).rows
+        found = _preferred(_preferred(found, "split", _SPLIT_ORDER), "protocol", _PROTOCOL_ORDER)
+        by_seed = {}
+        for row in found:
+            by_seed.setdefault(row["seed"], row)
+        rows = list(by_seed.values())
+        if not rows:
+            return None
+        counts = [row["n"] for row in rows if row["n"] is not None]
+        low, high = _interval(rows)
+        return Cell(
+            value=mean_interval([row["value"] for row in rows]).value,
+            low=low,
+            high=high,
+            n=min(counts) if counts else None,
+            num_seeds=len(rows),
+            below_chance=_is_below_chance(rows),
+        )
+
+    def _experiments_collide(self) -> bool:
+        keys = ("method", "guard", "mode", "attack", "epoch", "request", "seed", "domain", "split")
+        seen: dict[tuple, str] = {}
+        for row in self.rows:
+            identity = tuple(row[key] for key in (*keys, "protocol", "metric"))
+            if seen.setdefault(identity, row["experiment"]) != row["experiment"]:
+                return True
+        return False
+
+
+def method_name(method: str) -> str:
+    """A method as people read it."""
+    return METHOD_NAMES.get(method, method)
+
+
+def domain_name(domain: str) -> str:
+    """A domain as people read it."""
+    return DOMAIN_NAMES.get(domain, domain)
+
+
+def interval_note(num_seeds: int) -> str:
+    """What the brackets mean for this many seeds."""
+    if num_seeds == 1:
+        return "One seed. Brackets: 95% interval of that run."
+    if num_seeds == 2:
+        return "Mean of 2 seeds. Brackets: the two seeds (too few for an interval)."
+    return f"Mean of {num_seeds} seeds. Brackets: 95% Student t interval over seeds."
+
+
+def _interval(rows: list[Row]) -> tuple[float | None, float | None]:
+    if len(rows) == 1:
+        return rows[0]["low"], rows[0]["high"]
+    values = [row["value"] for row in rows]
+    if len(rows) == 2:
+        return min(values), max(values)
+    estimate = mean_interval(values)
+    low, high = estimate.low, estimate.high
+    if low is not None and high is not None and rows[0]["metric"] in _BOUNDED_METRICS:
+        return max(0.0, low), min(1.0, high)
+    return low, high
+
+
+def _is_below_chance(rows: list[Row]) -> bool:
+    if rows[0]["metric"] != "accuracy" or any(not row["n"] for row in rows):
+        return False
+    total = sum(row["n"] for row in rows)
+    return below_chance(round(sum(row["value"] * row["n"] for row in rows)), total, CHANCE)
+
+
+def _preferred(rows: list[Row], key: str, order: tuple[str | None, ...]) -> list[Row]:
+    present = {row[key] for row in rows}
+    for value in (*order, *sorted(present - {None})):
+        if value in present:
+            return [row for row in rows if row[key] == value]
+    return rows
+
+
+def _distinct_with_none(rows: list[Row], key: str) -> list[str | None]:
+    return sorted({row[key] for row in rows}, key=lambda name: (name is not None, str(name)))

@@ -1,0 +1,203 @@
+"""The main table, methods by measurements, for the page and for the terminal."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from dsg.metrics import CHANCE, alignment
+from dsg.report import markup
+from dsg.report.markup import Html
+from dsg.report.measurements import (
+    Cell,
+    Measurements,
+    domain_name,
+    interval_note,
+    method_name,
+)
+from dsg.results import read_results
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measurement: its heading, metric, and the first of `domains` that has it."""
+
+    title: str
+    metric: str
+    domains: tuple[str | None, ...]
+    is_share: bool = True  # shown in percent
+
+
+COLUMNS = (
+    Column("Forget accuracy", "accuracy", ("forget",)),
+    Column("Near-domain accuracy", "accuracy", ("near",)),
+    Column("Other-hazards accuracy", "accuracy", ("other_hazards",)),
+    Column("Retain accuracy", "accuracy", ("retain",)),
+    Column("Alignment", "alignment", ("forget", "retain", None), is_share=False),
+    Column("Retain perplexity", "perplexity", ("retain",), is_share=False),
+    Column("Gate true positives (forget)", "trigger_rate", ("forget",)),
+    Column("Gate false positives (retain)", "trigger_rate", ("retain",)),
+    Column("Gate false positives (near)", "trigger_rate", ("near",)),
+    Column("Gate triggers (other hazards)", "trigger_rate", ("other_hazards",)),
+    Column("Density AUROC", "density_auroc", ("forget", "retain", None), is_share=False),
+)
+_TERMINAL_COLUMNS = {
+    "Forget accuracy": "forget",
+    "Near-domain accuracy": "near",
+    "Retain accuracy": "retain",
+    "Alignment": "align.",
+    "Retain perplexity": "ppl",
+    "Gate true positives (forget)": "TPR",
+    "Gate false positives (retain)": "FPR",
+    "Density AUROC": "AUROC",
+}
+
+
+def main_cells(group: Measurements) -> dict[str, list[Cell | None]]:
+    """Method -> one cell per entry of `COLUMNS`, guard on where there is one."""
+    static = group.static().excluding(guard="off")
+    return {method: _method_cells(static, method) for method in static.distinct("method")}
+
+
+def main_tables(measurements: Measurements) -> Html:
+    """One HTML table per model and dataset; columns without any number are left out."""
+    return markup.join(_tables(measurements))
+
+
+def results_table(run_dir: str | Path) -> Table:
+    """The main table of a run for the terminal; the caller prints it with rich.
+
+    Rates are in percent, without intervals; `<` marks accuracy below chance.
+    """
+    table = Table(title="Accuracy in %; < is below chance: avoidance, not forgetting")
+    groups = Measurements(read_results(run_dir)).groups()
+    rows: list[tuple[str, list[Cell | None]]] = []
+    for title, group in groups:
+        suffix = f" ({title})" if len(groups) > 1 else ""
+        rows += [(method_name(name) + suffix, cells) for name, cells in main_cells(group).items()]
+    shown = [
+        index
+        for index, column in enumerate(COLUMNS)
+        if column.title in _TERMINAL_COLUMNS and any(cells[index] for _, cells in rows)
+    ]
+    table.add_column("method", overflow="fold")
+    for index in shown:
+        table.add_column(_TERMINAL_COLUMNS[COLUMNS[index].title], justify="right", no_wrap=True)
+    for name, cells in rows:
+        table.add_row(name, *(_short(cells[index], COLUMNS[index]) for index in shown))
+    return table
+
+
+def share(cell: Cell | None) -> Html:
+    """A share in percent with interval, n and the below-chance flag."""
+    return _full(cell, Column("", "accuracy", ()))
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def _method_cells(static: Measurements, method: str) -> list[Cell | None]:
+    rows = static.where(method=method)
+    cells: list[Cell | None] = []
+    for column in COLUMNS:
+        candidates = (rows.cell(metric=column.metric, domain=domain) for domain in column.domains)
+        cells.append(next((cell for cell in candidates if cell), None))
+    index = next(i for i, column in enumerate(COLUMNS) if column.metric == "alignment")
+    cells[index] = cells[index] or _alignment(static, rows)
+    return cells
+
+
+def _alignment(static: Measurements, rows: Measurements) -> Cell | None:
+    """Alignment from the table's own accuracies, where the run did not measure it itself."""
+    base = static.where(method="base")
+    accuracies = [
+        source.cell(metric="accuracy", domain=domain)
+        for source in (rows, base)
+        for domain in ("retain", "forget")
+    ]
+    if any(cell is None for cell in accuracies):
+        return None
+    return Cell(alignment(*(cell.value for cell in accuracies if cell)))
+
+
+def _tables(measurements: Measurements) -> Iterator[Html]:
+    for title, group in measurements.groups():
+        cells = main_cells(group)
+        shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells.values())]
+        if not shown:
+            continue
+        num_seeds = max(cell.num_seeds for row in cells.values() for cell in row if cell)
+        caption = (
+            f"{title + '. ' if title else ''}{interval_note(num_seeds)} n: questions or passages "
+            f"per seed. Chance is {CHANCE:.0%}; ▼ marks accuracy below chance, which is "
+            "avoidance, not forgetting. Alignment: chance-corrected retain accuracy kept × forget "
+            "accuracy lost, both relative to no unlearning."
+        )
+        rows = (
+            [method_name(method), *(_full(row[i], COLUMNS[i]) for i in shown)]
+            for method, row in cells.items()
+        )
+        yield markup.table(caption, ["Method", *(COLUMNS[i].title for i in shown)], rows)
+        yield _every_domain(group)
+
+
+def _every_domain(group: Measurements) -> Html:
+    """Accuracy by domain and form of question, folded away."""
+    accuracy = group.static().excluding(guard="off").where(metric="accuracy")
+    methods = accuracy.distinct("method")
+    rows = []
+    for domain in accuracy.distinct("domain"):
+        for protocol in accuracy.where(domain=domain).distinct("protocol"):
+            found = accuracy.where(domain=domain, protocol=protocol)
+            cells = [found.where(method=method).cell() for method in methods]
+            rows.append(
+                [
+                    domain_name(domain),
+                    protocol.replace("_", ", "),
+                    *map(share, cells),
+                ]
+            )
+    if not rows:
+        return Html("")
+    headers = ["Domain", "Questions", *(method_name(method) for method in methods)]
+    return markup.element(
+        "details",
+        markup.element("summary", "Accuracy in every domain and form of question"),
+        markup.table("cloze = statements and questions together", headers, rows),
+    )
+
+
+def _full(cell: Cell | None, column: Column) -> Html:
+    if cell is None:
+        return markup.to_html("–")
+    lines = [markup.element("span", _number(cell.value, column), class_="number")]
+    if cell.below_chance:
+        flag = markup.element(
+            "span", "▼", class_="flag", title="below chance", role="img", aria_label="below chance"
+        )
+        lines.append(markup.join([" ", flag]))
+    if cell.low is not None and cell.high is not None:
+        scale, digits = (100, 1) if column.is_share else (1, _digits(cell.value))
+        ends = f"[{scale * cell.low:.{digits}f}, {scale * cell.high:.{digits}f}]"
+        lines.append(markup.element("small", ends))
+    if cell.n is not None:
+        lines.append(markup.element("small", f"n = {cell.n}"))
+    return markup.join(lines)
+
+
+def _short(cell: Cell | None, column: Column) -> str:
+    if cell is None:
+        return "–"
+    number = f"{100 * cell.value:.1f}" if column.is_share else _number(cell.value, column)
+    return f"<{number}" if cell.below_chance else number
+
+
+def _number(value: float, column: Column) -> str:
+    return percent(value) if column.is_share else f"{value:.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    return 3 if value < 1.0005 else 2 if value < 100 else 0
