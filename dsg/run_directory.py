@@ -51,6 +51,8 @@ def run_directory(
             although one was, or cannot be written.
     """
     directory = Path(path).expanduser()
+    if directory.is_symlink():
+        directory = directory.resolve()  # the link stays, what it points to is the run's
     if not is_rank_zero():
         yield directory
         return

@@ -3,23 +3,36 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
 def interrupts_raised() -> Iterator[None]:
     """Turn Lightning's answer to Ctrl-C back into `KeyboardInterrupt`.
 
-    The Trainer tears down, ignores further SIGINTs and calls `sys.exit(1)`: from outside that looks
-    like any failure. The ignored signal is the trace that tells the two apart.
+    The Trainer tears down and calls `sys.exit(1)`: from outside that looks like any other failure.
+    So note whether the signal came.
 
     Raises:
         KeyboardInterrupt: The block ended because of Ctrl-C.
     """
-    before = signal.getsignal(signal.SIGINT)
+    outer = signal.getsignal(signal.SIGINT)
+    if not callable(outer):  # ignored, as in a background job of a script
+        yield
+        return
+    interrupted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        outer(number, frame)
+
+    signal.signal(signal.SIGINT, note)
     try:
         yield
     except SystemExit:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and before is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, before)
+        if interrupted:
             raise KeyboardInterrupt from None
         raise
+    finally:
+        signal.signal(signal.SIGINT, outer)

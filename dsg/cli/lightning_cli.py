@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -67,13 +68,15 @@ def run(argv: Sequence[str]) -> int:
         KeyboardInterrupt: Ctrl-C; the message tells how to continue.
     """
     calm_libraries()
-    refuse = {"exit_on_error": False}
-    commands = {command: dict(refuse) for command in LightningCLI.subcommands()}
-    try:
-        with ExitStack() as stack, interrupts_raised():
-            RunCLI(stack, list(argv), parser_kwargs={"prog": "dsg", **refuse, **commands})
-    except argparse.ArgumentError as error:
-        raise UserError(f"{one_sentence(str(error))}; see dsg {argv[0]} --help.") from None
+    parser_kwargs = {name: {"exit_on_error": False} for name in RunCLI.subcommands()}
+    parser_kwargs |= {"prog": "dsg", "exit_on_error": False}
+    with ExitStack() as stack, interrupts_raised():
+        try:
+            RunCLI(stack, list(argv), parser_kwargs=parser_kwargs)
+        except argparse.ArgumentError as error:
+            raise UserError(f"{one_sentence(str(error))}; see dsg {argv[0]} --help.") from None
+        except MisconfigurationException as error:
+            raise UserError(str(error)) from error
     return 0
 
 
@@ -87,7 +90,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        text = self.parser.dump(self._declared, skip_none=False)
+        text = self.parser.dump(self._declared, skip_unset=False)
         (Path(trainer.default_root_dir) / CONFIG_FILE).write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -155,8 +158,9 @@ class RunCLI(LightningCLI):
 
         if config.resume:
             self._continue(config)
-        config.trainer.default_root_dir = str(self.run_dir)
-        _place_loggers(config.trainer.logger, self.run_dir)
+        # Absolute, because W&B's own process may have been started in another working directory.
+        config.trainer.default_root_dir = str(self.run_dir.absolute())
+        _place_loggers(config.trainer.logger, self.run_dir.absolute())
         self.config[self.subcommand] = _map_strings(config, resolve_benchmark)
 
     def _name(self, config: Namespace) -> str:
@@ -196,7 +200,7 @@ class RunCLI(LightningCLI):
         return f"{verb} with: {shlex.join(['dsg', *words, option])}"
 
     def _write_facts(self) -> None:
-        text = self._parser(self.subcommand).dump(self._declared, skip_none=False)
+        text = self._parser(self.subcommand).dump(self._declared, skip_unset=False)
         facts = {
             "command": ["dsg", *self._arguments],
             "config": yaml.safe_load(text),
