@@ -79,8 +79,10 @@ class Measurements:
         return sorted(found, key=lambda name: (order.get(name, 99), isinstance(name, str), name))
 
     def static(self) -> "Measurements":
-        """Rows without attack and without sequential requests."""
-        return self.where(attack=None, request=None)
+        """Rows without attack and sequential requests; test facts alone where there are any."""
+        rows = self.where(attack=None, request=None)
+        on_test = rows.excluding(split="validation")
+        return on_test if on_test.rows else rows
 
     def groups(self) -> list[tuple[str, "Measurements"]]:
         """Titled groups that one table may show: one model and dataset each.
@@ -105,9 +107,10 @@ class Measurements:
     def cell(self, **fields: Any) -> Cell | None:
         """The measurement with these keys, over all seeds; None if there is none.
 
-        Test facts are preferred over validation facts and the overall protocol over its parts.
+        Test facts are preferred over validation facts, the overall protocol over its parts, and
+        of several epochs the last counts.
         """
-        found = self.where(**fields).rows
+        found = _latest(self.where(**fields).rows)
         found = _preferred(_preferred(found, "split", _SPLIT_ORDER), "protocol", _PROTOCOL_ORDER)
         by_seed = {}
         for row in found:
@@ -173,6 +176,13 @@ def _is_below_chance(rows: list[Row]) -> bool:
         return False
     total = sum(row["n"] for row in rows)
     return below_chance(round(sum(row["value"] * row["n"] for row in rows)), total, CHANCE)
+
+
+def _latest(rows: list[Row]) -> list[Row]:
+    """Rows without an epoch, or else those of the last one."""
+    epochs = {row["epoch"] for row in rows}
+    last = None if None in epochs else max(epochs, default=None)
+    return [row for row in rows if row["epoch"] == last]
 
 
 def _preferred(rows: list[Row], key: str, order: tuple[str | None, ...]) -> list[Row]:

@@ -130,8 +130,11 @@ def _tables(measurements: Measurements) -> Iterator[Html]:
         if not shown:
             continue
         num_seeds = max(cell.num_seeds for row in cells.values() for cell in row if cell)
+        only_validation = group.static().distinct("split") == ["validation"]
         caption = (
-            f"{title + '. ' if title else ''}{interval_note(num_seeds)} n: questions or passages "
+            f"{title + '. ' if title else ''}"
+            f"{'Validation facts only, on which settings may have been chosen. ' * only_validation}"
+            f"{interval_note(num_seeds)} n: questions or passages "
             f"per seed. Chance is {CHANCE:.0%}; ▼ marks accuracy below chance, which is "
             "avoidance, not forgetting. Alignment: chance-corrected retain accuracy kept × forget "
             "accuracy lost, both relative to no unlearning."

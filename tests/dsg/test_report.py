@@ -188,6 +188,22 @@ def test_cells_prefer_test_facts_and_the_overall_protocol():
     assert Measurements(rows).cell(domain="near").value == 0.3
 
 
+def test_of_several_epochs_the_last_counts():
+    rows = [accuracy("rmu", "near", 0.1 * epoch, epoch=epoch) for epoch in (0, 2, 1)]
+    assert Measurements(rows).cell(domain="near").value == 0.2
+
+
+def test_validation_facts_stay_out_of_the_table_unless_there_is_nothing_else(tmp_path):
+    validation = [accuracy("dsg", "forget", 0.111, split="validation")]
+    test = [accuracy("base", "forget", 0.99, split="test")]
+    write_results(tmp_path, validation + test)
+    assert "11.1%" not in build_report(tmp_path).read_text(encoding="utf-8")
+    write_results(tmp_path, validation)
+    text = build_report(tmp_path).read_text(encoding="utf-8")
+    assert "11.1%" in text
+    assert "Validation facts only" in text
+
+
 def test_below_chance_is_flagged_from_all_seeds_together():
     rows = [accuracy("dsg", "forget", 0.18, n=60, seed=seed) for seed in range(4)]
     assert not Measurements(rows[:1]).cell().below_chance
