@@ -41,8 +41,6 @@ class TinyWorldData(lightning.LightningDataModule):
         UserError: `relearn` without `allow_overlap`, or an unknown forget domain.
     """
 
-    name = "tiny_world"
-
     def __init__(
         self,
         model_name: str,
@@ -62,6 +60,7 @@ class TinyWorldData(lightning.LightningDataModule):
                 "states facts that are evaluated (rows of shown and unshown facts are kept apart); "
                 "set it."
             )
+        self.name = f"tiny_world/{forget_domain}"
         self.model_name = model_name
         self.seed = seed
         self.texts = TinyWorldTexts(seed, forget_domain)
@@ -111,7 +110,7 @@ class TinyWorldData(lightning.LightningDataModule):
         if self.task == "evaluate":
             raise UserError("`task` must be 'unlearn' or 'relearn' for fit, got 'evaluate'.")
         if self.task == "unlearn":
-            return unlearning_loader(self, self.forget_texts(), self.retain_texts())
+            return unlearning_loader(self, self.forget_texts(), self.retain_texts(), passes=1)
         forget, retain = self.texts.attack_texts(self.num_train_texts)
         rows = encode_texts(self.tokenizer, forget + retain, None)
         rng = random.Random(f"attack order {self.seed}")
@@ -151,6 +150,7 @@ class TinyWorldRequests(lightning.LightningDataModule):
         batch_size: Questions or passages of an evaluation batch.
         train_batch_size: Forget texts, and retain texts, of a training batch.
         num_train_texts: Forget texts, and retain texts, of a request.
+        passes: How often an epoch goes through them.
     """
 
     name = "tiny_world"
@@ -164,6 +164,7 @@ class TinyWorldRequests(lightning.LightningDataModule):
         batch_size: int = 64,
         train_batch_size: int = 8,
         num_train_texts: int = 400,
+        passes: int = 1,
     ) -> None:
         super().__init__()
         self.model_name = model_name
@@ -174,6 +175,7 @@ class TinyWorldRequests(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.train_batch_size = train_batch_size
         self.num_train_texts = num_train_texts
+        self.passes = passes
         self.tokenizer: Any = None
 
     def setup(self, stage: str) -> None:
@@ -216,7 +218,8 @@ class TinyWorldRequests(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Forget and retain batches of the current request."""
-        return unlearning_loader(self, self.forget_texts(), self.retain_texts())
+        forget, retain = self.forget_texts(), self.retain_texts()
+        return unlearning_loader(self, forget, retain, self.passes)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Questions and passages of `val_split`."""
@@ -232,9 +235,12 @@ class TinyWorldRequests(lightning.LightningDataModule):
 
 
 def unlearning_loader(
-    data: TinyWorldData | TinyWorldRequests, forget: Sequence[str], retain: Sequence[str]
+    data: TinyWorldData | TinyWorldRequests,
+    forget: Sequence[str],
+    retain: Sequence[str],
+    passes: int,
 ) -> DataLoader:
-    """Pairs of a forget and a retain batch, numbered over all ranks."""
+    """Pairs of a forget and a retain batch, numbered over all ranks and passes."""
     count, size = data.num_train_texts, data.train_batch_size
     pairs = list(
         zip(
@@ -243,18 +249,17 @@ def unlearning_loader(
             strict=True,
         )
     )
-    rows = [
-        (id, pairs[start : start + size]) for id, start in enumerate(range(0, len(pairs), size))
-    ]
+    batches = chunks(pairs, size) * passes
     collate = token_collate(data.tokenizer)
 
-    def pair_collate(items: list[tuple[int, list[tuple[list[int], list[int]]]]]) -> dict[str, Any]:
+    def pair_collate(items: list[tuple[int, Any]]) -> dict[str, Any]:
         [(id, batch)] = items
         forget_rows, retain_rows = zip(*batch, strict=True)
         return {"id": id, "forget": collate(forget_rows), "retain": collate(retain_rows)}
 
-    one_each = [[index] for index in range(len(rows))]
-    return batch_loader(rows, one_each, data.trainer, pair_collate, equal_steps=True)
+    one_each = [[index] for index in range(len(batches))]
+    numbered = list(enumerate(batches))
+    return batch_loader(numbered, one_each, data.trainer, pair_collate, equal_steps=True)
 
 
 def token_collate(tokenizer: Any) -> Any:
@@ -263,6 +268,6 @@ def token_collate(tokenizer: Any) -> Any:
     return lambda rows: pad_sequences(rows, pad_id, uncounted_ids)
 
 
-def chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:
+def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Consecutive pieces of `size` items, the last one possibly shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]

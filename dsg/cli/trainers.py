@@ -1,0 +1,61 @@
+"""The Trainer of one stage of a composed run, with a CSV file and the run's W&B log."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+_log = logging.getLogger(__name__)
+
+
+class Tracking:
+    """One offline W&B run for all stages of a composed run; W&B can fail without harm.
+
+    Args:
+        run_dir: Where the W&B files go.
+        config: What the run was started with.
+    """
+
+    def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
+        self._run: Any = None
+        try:
+            logger = WandbLogger(
+                project="dynamic-sae-guardrails", name=run_dir.name, save_dir=str(run_dir)
+            )
+            self._run = logger.experiment
+            self._run.config.update(config)
+        except Exception as error:  # whatever a tracker does, the run goes on without it
+            _log.warning("W&B does not work (%s); results.jsonl and metrics.csv hold all.", error)
+
+    def loggers(self, folder: Path, prefix: str) -> list[Logger]:
+        """`metrics.csv` in the stage's folder, and the W&B run with the stage's name as prefix."""
+        loggers: list[Logger] = [CSVLogger(save_dir=str(folder), name="", version="")]
+        if self._run is not None:
+            loggers.append(WandbLogger(experiment=self._run, prefix=prefix))
+        return loggers
+
+    def finish(self) -> None:
+        """Write what W&B still holds."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def make_trainer(
+    folder: Path, loggers: list[Logger], *, max_epochs: int = 1, **options: Any
+) -> lightning.Trainer:
+    """A single-process CPU trainer whose run directory is `folder`."""
+    return lightning.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=1,
+        max_epochs=max_epochs,
+        logger=loggers,
+        log_every_n_steps=10,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=-1,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        **options,
+    )

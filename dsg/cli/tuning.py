@@ -1,0 +1,118 @@
+"""Choosing settings on the validation half: the same number of tries for every method."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.progress import track
+
+from dsg.evaluation import score_all
+from dsg.guard import Guard
+from dsg.metrics import alignment
+from dsg.recipes import GuardMaker, GuardSettings
+from dsg.scoring import ClozeBatch, Question
+from dsg.statistics import FeatureStatistics
+
+CLAMP_VALUE = -40.0  # about 0.7 of the residual norm; the accuracy hardly moves beyond -20
+
+# Twelve tries each.
+DSG_GRID = {
+    "ratio_percentile": [90.0, 95.0, 98.0],
+    "num_features": [20, 40],
+    "threshold_percentile": [95.0, 98.0],
+}
+FARRELL_GRID = {
+    "max_retain_frequency": [0.001, 0.01, 0.05],
+    "num_features": [20, 40],
+    "clamp_value": [-20.0, -40.0],
+}
+RMU_GRID = {"steering": [5.0, 20.0], "lr": [1e-3, 3e-3]}
+RMU_EPOCHS = 3
+NUM_RANDOM_DRAWS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best settings of a method on the validation half.
+
+    Attributes:
+        settings: What was varied, at its best.
+        validation: `alignment`, `forget_accuracy`, `retain_accuracy` there.
+        tried: Number of settings that were compared.
+    """
+
+    settings: dict[str, Any]
+    validation: dict[str, float]
+    tried: int
+
+
+def best(tries: Sequence[tuple[dict[str, Any], dict[str, float]]]) -> Choice:
+    """The try with the highest alignment; the earlier one of equals."""
+    settings, validation = max(tries, key=lambda one: one[1]["alignment"])
+    return Choice(settings, validation, len(tries))
+
+
+def combinations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """All combinations of a grid's values, the last name varying fastest."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+class GuardTuner:
+    """Compares guard settings by their accuracies on validation questions.
+
+    Args:
+        maker: Makes the guards.
+        forget: Statistics of the forget text.
+        questions: Validation questions of the domains `forget` and `retain`.
+        batches: The same questions.
+    """
+
+    def __init__(
+        self,
+        maker: GuardMaker,
+        forget: FeatureStatistics,
+        questions: Sequence[Question],
+        batches: Sequence[ClozeBatch],
+    ) -> None:
+        self._maker = maker
+        self._forget = forget
+        self._batches = batches
+        by_id = sorted(questions, key=lambda question: question.id)
+        self._rows = {
+            domain: [row for row, question in enumerate(by_id) if question.domain == domain]
+            for domain in ("forget", "retain")
+        }
+        self._base = self._accuracies(None)
+
+    def make(self, settings: GuardSettings) -> Guard:
+        """The guard of these settings."""
+        maker = copy.copy(self._maker)
+        maker.settings = settings
+        return maker.make(self._forget)
+
+    def choose(self, settings: GuardSettings, grid: dict[str, list[Any]]) -> Choice:
+        """Try every combination of a grid.
+
+        Args:
+            settings: What stays fixed.
+            grid: Values to try, by the name of the setting.
+        """
+        tries = []
+        for varied in track(combinations(grid), f"choosing {settings.method}", transient=True):
+            found = self._accuracies(self.make(replace(settings, **varied)))
+            score = alignment(
+                found["retain"], found["forget"], self._base["retain"], self._base["forget"]
+            )
+            validation = {
+                "alignment": score,
+                "forget_accuracy": found["forget"],
+                "retain_accuracy": found["retain"],
+            }
+            tries.append((varied, validation))
+        return best(tries)
+
+    def _accuracies(self, guard: Guard | None) -> dict[str, float]:
+        correct = score_all(self._maker.model, self._batches, guard)["correct"]
+        return {domain: correct[rows].mean().item() for domain, rows in self._rows.items()}

@@ -1,0 +1,288 @@
+"""The stages of the demonstration: each chooses settings or is one Lightning run."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+
+from datamodules import TinyWorldData, TinyWorldRequests
+from datamodules.loading import question_loader
+from dsg.cli.benchmark import HOOK_POINT, MODEL_FOLDER, SAE_FOLDER
+from dsg.cli.trainers import Tracking, make_trainer
+from dsg.cli.tuning import (
+    CLAMP_VALUE,
+    DSG_GRID,
+    FARRELL_GRID,
+    NUM_RANDOM_DRAWS,
+    RMU_EPOCHS,
+    RMU_GRID,
+    GuardTuner,
+    best,
+    combinations,
+)
+from dsg.guard import Guard
+from dsg.recipes import GuardMaker, GuardSettings
+from dsg.results import read_results
+from lightning_modules import (
+    EvaluationModule,
+    RelearningModule,
+    RMUSettings,
+    SequentialModule,
+    UnlearningModule,
+)
+
+NUM_RMU_TEXTS = 320
+NUM_ATTACK_TEXTS = 60
+ATTACK_LR = {"full": 5e-4, "lora": 3e-3}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One seed of the benchmark and the domain to be forgotten."""
+
+    benchmark: Path
+    seed: int
+    forget_domain: str
+
+    @property
+    def model(self) -> str:
+        """Folder of the model."""
+        return str(self.benchmark / MODEL_FOLDER)
+
+    @property
+    def guard(self) -> GuardSettings:
+        """What all guards of this benchmark share."""
+        sae = str(self.benchmark / SAE_FOLDER)
+        return GuardSettings(HOOK_POINT, sae, clamp_value=CLAMP_VALUE, max_length=128)
+
+    def data(self, **settings: Any) -> TinyWorldData:
+        """The data module of this cell."""
+        return TinyWorldData(
+            self.model, seed=self.seed, forget_domain=self.forget_domain, **settings
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a cell needs."""
+
+    cell: Cell
+    tracking: Tracking
+
+    def trainer(self, folder: Path, name: str, **options: Any) -> Any:
+        """A trainer that logs under the cell's and the stage's name."""
+        prefix = f"seed_{self.cell.seed}/{self.cell.forget_domain}/{name}"
+        return make_trainer(folder, self.tracking.loggers(folder, prefix), **options)
+
+
+def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
+    """Choose the settings of DSG and Farrell et al. on validation facts and save all guards."""
+    from dsg.report.features import describe_features
+    from dsg.sae import load_sae
+    from dsg.selection import Selection
+    from lightning_modules.loading import load_model
+
+    cell = context.cell
+    data = cell.data()
+    data.setup("validate")
+    model, sae = load_model(cell.model), load_sae(cell.guard.sae)
+    maker = GuardMaker(
+        cell.guard,
+        model,
+        data.tokenizer,
+        sae,
+        data.retain_texts(),
+        data.calibration_texts(near=False),
+        data.heldout_texts(),
+    )
+    questions = [q for q in data.questions("validation") if q.domain in ("forget", "retain")]
+    questions = [replace(question, id=id) for id, question in enumerate(questions)]
+    batches = question_loader(data.tokenizer, questions, data.batch_size, None)
+    tuner = GuardTuner(maker, maker.statistics(data.forget_texts()), questions, list(batches))
+    dsg_choice = tuner.choose(replace(cell.guard, method="dsg"), DSG_GRID)
+    farrell_choice = tuner.choose(replace(cell.guard, method="farrell"), FARRELL_GRID)
+    dsg = replace(cell.guard, **dsg_choice.settings)
+    guards = {
+        "dsg": tuner.make(dsg),
+        "static_clamp": tuner.make(replace(dsg, method="static_clamp")),
+        "farrell": tuner.make(replace(cell.guard, method="farrell", **farrell_choice.settings)),
+    }
+    for draw in range(NUM_RANDOM_DRAWS):
+        guards[f"random_{draw}"] = tuner.make(replace(dsg, method="random", draw=draw))
+    maker.calibration_texts = data.calibration_texts(near=True)
+    guards["dsg_near"] = tuner.make(replace(dsg, method="dsg_near"))
+    for name, guard in guards.items():
+        guard.save(folder / name)
+    facts = guards["dsg"].facts
+    selection = Selection(
+        tuple(guards["dsg"].feature_ids[:8]),
+        tuple(facts["forget_scores"][:8]),
+        tuple(facts["ratios"][:8]),
+    )
+    features = describe_features(
+        model, data.tokenizer, sae, selection, data.forget_texts()[:200], hook_point=HOOK_POINT
+    )
+    return {
+        "chosen": [
+            {"method": method, "chosen": choice.settings, "tried": choice.tried}
+            | {"validation": choice.validation}
+            for method, choice in (("dsg", dsg_choice), ("farrell", farrell_choice))
+        ],
+        "features": [asdict(feature) for feature in features],
+    }
+
+
+def tune_rmu(context: Context, folder: Path) -> dict[str, Any]:
+    """Choose RMU's settings, number of epochs included, and save the model changed with them."""
+    tries = []
+    for varied in combinations(RMU_GRID):
+        name = "_".join(f"{key}_{value:g}" for key, value in varied.items())
+        _unlearn(context, folder / name, f"rmu/{name}", RMU_EPOCHS, varied)
+        for epoch in range(1, RMU_EPOCHS + 1):
+            rows = [row for row in read_results(folder / name) if row["epoch"] == epoch]
+            tries.append(({**varied, "epochs": epoch}, _validation(rows)))
+    choice = best(tries)
+    varied = {key: choice.settings[key] for key in RMU_GRID}
+    _unlearn(context, folder, "rmu", choice.settings["epochs"], varied)
+    # The chosen run repeats one of the tries on validation facts; it adds no result of its own.
+    (folder / "results.jsonl").unlink()
+    return {
+        "chosen": {
+            "method": "rmu",
+            "chosen": choice.settings,
+            "tried": choice.tried,
+            "validation": choice.validation,
+        }
+    }
+
+
+def evaluate(
+    context: Context, method: str, guards: Path, rmu_model: Path | None, folder: Path
+) -> dict[str, Any]:
+    """Measure one method on test facts; returns the densities behind its gate, if it has one."""
+    cell = context.cell
+    guarded = method not in ("base", "rmu")
+    module = EvaluationModule(
+        str(rmu_model) if method == "rmu" else cell.model,
+        guard=replace(cell.guard, artifact=str(guards / method)) if guarded else None,
+        base_model_name=cell.model if method == "rmu" else None,
+        method=method,
+        experiment="demo",
+        seed=cell.seed,
+        model_label="tiny_world",
+    )
+    trainer = context.trainer(folder, f"evaluate/{method}")
+    data = cell.data()
+    trainer.test(module, datamodule=data, verbose=False)
+    if not guarded:
+        return {}
+    densities = module.measurer.samples["on", "cloze"]["density"].tolist()
+    domains: dict[str, list[float]] = {}
+    for question in data.questions("test"):
+        domains.setdefault(question.domain, []).append(densities[question.id])
+    return {"threshold": Guard.load(guards / method).threshold, "domains": domains}
+
+
+def relearn(
+    context: Context,
+    attack: Literal["full", "lora"],
+    method: str,
+    mode: Literal["none", "test_time", "train_time"],
+    guards: Path,
+    rmu_model: Path,
+    epochs: int,
+    folder: Path,
+) -> None:
+    """One relearning attack, measured on test facts after every epoch."""
+    cell = context.cell
+    module = RelearningModule(
+        str(rmu_model) if method == "rmu" else cell.model,
+        guard=None if mode == "none" else replace(cell.guard, artifact=str(guards / method)),
+        mode=mode,
+        adapter=attack,
+        lr=ATTACK_LR[attack],
+        base_model_name=cell.model if method == "rmu" else None,
+        method=method,
+        experiment="demo",
+        seed=cell.seed,
+        model_label="tiny_world",
+    )
+    data = cell.data(
+        task="relearn", allow_overlap=True, val_split="test", num_train_texts=NUM_ATTACK_TEXTS
+    )
+    trainer = context.trainer(folder, f"relearn_{attack}/{method}_{mode}", max_epochs=epochs)
+    _seed(cell)
+    trainer.fit(module, datamodule=data)
+
+
+def sequence(context: Context, method: str, settings: dict[str, Any], folder: Path) -> None:
+    """Three forget requests, one per epoch, measured on test facts after each.
+
+    Args:
+        context: Seed and tracking; its forget domain plays no role.
+        method: `dsg` or `rmu`.
+        settings: What was chosen for the method when it forgot a single domain.
+        folder: Where the run lies.
+    """
+    cell = context.cell
+    passes = settings.get("epochs", 1)
+    guard = replace(cell.guard, **settings) if method == "dsg" else None
+    rmu = _rmu_settings(settings) if method == "rmu" else None
+    module = SequentialModule(
+        cell.model,
+        guard=guard,
+        rmu=rmu,
+        experiment="demo",
+        seed=cell.seed,
+        model_label="tiny_world",
+    )
+    data = TinyWorldRequests(
+        cell.model, seed=cell.seed, num_train_texts=NUM_RMU_TEXTS, passes=passes
+    )
+    trainer = context.trainer(
+        folder,
+        f"sequential/{method}",
+        max_epochs=len(data.request_domains),
+        reload_dataloaders_every_n_epochs=1,
+    )
+    _seed(cell)
+    trainer.fit(module, datamodule=data)
+
+
+def _unlearn(
+    context: Context, folder: Path, name: str, epochs: int, settings: dict[str, Any]
+) -> None:
+    cell = context.cell
+    module = UnlearningModule(
+        cell.model,
+        _rmu_settings(settings),
+        experiment="demo",
+        seed=cell.seed,
+        model_label="tiny_world",
+    )
+    trainer = context.trainer(folder, name, max_epochs=epochs, gradient_clip_val=1.0)
+    _seed(cell)
+    data = cell.data(task="unlearn", num_train_texts=NUM_RMU_TEXTS)
+    trainer.fit(module, datamodule=data)
+
+
+def _rmu_settings(settings: dict[str, Any]) -> RMUSettings:
+    return RMUSettings(HOOK_POINT, steering=settings["steering"], lr=settings["lr"])
+
+
+def _validation(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Alignment and the accuracies behind it, from the rows of one epoch."""
+    found = {
+        (row["domain"], row["metric"]): row["value"] for row in rows if row["protocol"] == "cloze"
+    }
+    return {
+        "alignment": found["forget", "alignment"],
+        "forget_accuracy": found["forget", "accuracy"],
+        "retain_accuracy": found["retain", "accuracy"],
+    }
+
+
+def _seed(cell: Cell) -> None:
+    """Adapters draw random initial weights."""
+    lightning.seed_everything(cell.seed, verbose=False)
