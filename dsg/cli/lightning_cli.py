@@ -124,7 +124,8 @@ class RunCLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="Directory of this run; by default runs/<name of the first configuration file>.",
+            help="Directory of this run; by default runs/<name of the first configuration>, which "
+            "is evaluate_dsg for configs/evaluate/dsg.yaml.",
         )
         parser.add_argument(
             "--overwrite", action="store_true", help="Replace an earlier run in run_dir."
@@ -142,10 +143,12 @@ class RunCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        if self.subcommand is None:  # only parsing and instantiating: nothing runs
+        if self.subcommand is None:  # only parsing and instantiating: nothing runs or is saved
+            self.save_config_callback = None
             return
         config = self.config[self.subcommand]
-        self.run_dir = Path(config.run_dir or f"runs/{self._name(config)}")
+        first = config.config[0] if config.config else self.subcommand
+        self.run_dir = Path(config.run_dir or f"runs/{run_name(Path(first))}")
         claim = run_directory(self.run_dir, overwrite=config.overwrite, resume=config.resume)
         self._stack.enter_context(claim)
         self._stack.push(self._finish)
@@ -162,9 +165,6 @@ class RunCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.run_dir.absolute())
         _place_loggers(config.trainer.logger, self.run_dir.absolute())
         self.config[self.subcommand] = _map_strings(config, resolve_benchmark)
-
-    def _name(self, config: Namespace) -> str:
-        return Path(config.config[0]).stem if config.config else str(self.subcommand)
 
     def _continue(self, config: Namespace) -> None:
         keep_earlier_metrics(self.run_dir)
@@ -210,6 +210,13 @@ class RunCLI(LightningCLI):
         }
         # A module may have noted facts of its own, such as hashes of its data.
         write_run_facts(self.run_dir, {**read_run_facts(self.run_dir), **facts})
+
+
+def run_name(config_path: Path) -> str:
+    """Name of a configuration's run: its path below `configs/`, else the file's name alone."""
+    parts = config_path.with_suffix("").parts
+    below = parts[::-1].index("configs") if "configs" in parts else 1
+    return "_".join(parts[len(parts) - below :])
 
 
 def resolve_benchmark(value: str) -> str:

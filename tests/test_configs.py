@@ -1,0 +1,89 @@
+"""Every YAML under `configs/` is parsed and instantiated through the command line's own parser."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dsg.cli.lightning_cli import RunCLI, run_name
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+PARTS = [name for name in ALL if name.startswith("parts/")]
+RUNNABLE = [name for name in ALL if name not in PARTS]
+
+NUM_RUNNABLE = 13
+# Part -> a runnable configuration that it is meant for.
+PARTS_IN_USE = {"parts/train_time.yaml": "attack/relearn_lora.yaml"}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Instantiating must neither read nor write anything in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert os.listdir(tmp_path) == []
+
+
+def instantiate(*names: str) -> RunCLI:
+    arguments = [word for name in names for word in ("-c", str(CONFIGS / name))]
+    with ExitStack() as stack:
+        return RunCLI(
+            stack,
+            [*arguments, "--trainer.accelerator", "cpu"],
+            run=False,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+
+def test_all_configurations_are_found():
+    assert len(RUNNABLE) == NUM_RUNNABLE
+    assert set(PARTS_IN_USE) == set(PARTS)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_runnable_configuration_is_instantiated(name):
+    given = yaml.safe_load((CONFIGS / name).read_text())
+    cli = instantiate(name)
+    assert type(cli.model).__module__.startswith("lightning_modules.")
+    assert type(cli.datamodule).__module__.startswith("datamodules.")
+    assert given["model"]["class_path"].endswith(type(cli.model).__name__)
+    assert given["data"]["class_path"].endswith(type(cli.datamodule).__name__)
+    assert not any(parameter.requires_grad for parameter in cli.model.parameters())
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_configuration_begins_with_the_command_that_runs_it(name):
+    first_line = (CONFIGS / name).read_text().splitlines()[0]
+    words = first_line.removeprefix("# ").split()
+    assert words[0] == "dsg"
+    assert words[1] in ("fit", "validate", "test", "predict")
+    assert words[2:4] == ["-c", f"configs/{name}"]
+
+
+@pytest.mark.parametrize(("part", "runnable"), PARTS_IN_USE.items())
+def test_part_changes_the_configuration_it_is_meant_for(part, runnable):
+    plain, merged = instantiate(runnable), instantiate(runnable, part)
+    assert merged.config.as_dict() != plain.config.as_dict()
+    assert type(merged.model) is type(plain.model)
+
+
+def test_runs_have_names_of_their_own():
+    names = [run_name(CONFIGS / name) for name in RUNNABLE]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("configs/evaluate/dsg.yaml", "evaluate_dsg"),
+        ("/home/me/configs/dsg/configs/attack/relearn.v2.yaml", "attack_relearn.v2"),
+        ("mine.yaml", "mine"),
+        ("folder/mine.yaml", "mine"),
+        ("fit", "fit"),
+    ],
+)
+def test_run_name(path, expected):
+    assert run_name(Path(path)) == expected
