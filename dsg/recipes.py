@@ -1,7 +1,7 @@
 """DSG and its controls as settings of one guard: another selection, gate or edit, no other code."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsg.build import text_densities
 from dsg.calibration import calibrate_threshold, false_positive_rate
 from dsg.guard import Guard
 from dsg.sae import slice_features
 from dsg.selection import Selection, select_fisher_ratio, select_frequency, select_random
 from dsg.statistics import FeatureStatistics, collect_statistics, corpus_batches
-from dsg.tokens import TokenBatch, padding_id, uncounted_token_ids
+from dsg.tokens import uncounted_token_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -60,10 +61,15 @@ class GuardSettings:
     """Tokens of a text that are read."""
     batch_size: int = 32
     """Texts per forward pass."""
+    artifact: str | None = None
+    """Folder of a saved guard, which is then used as it is."""
 
 
 class GuardMaker:
     """Makes guards for one model and SAE; retain statistics are collected once for all of them.
+
+    What `dsg.build_guard` does in one go, for another rule of selection, without a gate, or from
+    statistics that were summed up elsewhere.
 
     Args:
         settings: Which guard to make.
@@ -92,12 +98,13 @@ class GuardMaker:
         self.calibration_texts = calibration_texts
         self.heldout_texts = heldout_texts
         self.retain = self.statistics(retain_texts)
+        self.calibration = self.statistics(calibration_texts)
 
     def statistics(self, texts: Sequence[str]) -> FeatureStatistics:
         """Statistics of texts at the hook point."""
-        return collect_statistics(
-            self.model, self.sae, self.settings.hook_point, self._batches(texts)
-        )
+        settings = self.settings
+        batches = corpus_batches(self.tokenizer, texts, settings.max_length, settings.batch_size)
+        return collect_statistics(self.model, self.sae, settings.hook_point, batches)
 
     def select(self, forget: FeatureStatistics) -> Selection:
         """Choose features by the rule of the method."""
@@ -118,44 +125,38 @@ class GuardMaker:
         return selection
 
     def make(self, forget: FeatureStatistics) -> Guard:
-        """Make the guard for the forget text behind these statistics."""
+        """Make the guard for the forget text behind these statistics, on the CPU."""
         settings = self.settings
         selection = self.select(forget)
+        pad_id = self.tokenizer.pad_token_id
         guard = Guard(
-            slice_features(self.sae, selection.feature_ids),
+            slice_features(self.sae, selection.feature_ids).on(torch.device("cpu")),
             hook_point=settings.hook_point,
             uncounted_ids=uncounted_token_ids(self.tokenizer),
-            pad_id=padding_id(self.tokenizer),
+            pad_id=pad_id if isinstance(pad_id, int) else None,
             threshold=1.0,
             clamp_value=settings.clamp_value,
             clamp_scope="active" if settings.method == "farrell" else settings.clamp_scope,
             clamp_unit=settings.clamp_unit,
-            residual_norm=self.retain.mean_residual_norm(),
+            residual_norm=self.calibration.mean_residual_norm(),
             gate="token" if settings.method in UNGATED else "density",
         )
-        densities = self._densities(guard, self.calibration_texts)
-        threshold = calibrate_threshold(densities, settings.threshold_percentile)
-        heldout = false_positive_rate(self._densities(guard, self.heldout_texts), threshold)
+        threshold = calibrate_threshold(
+            self._densities(guard, self.calibration_texts), settings.threshold_percentile
+        )
+        rate = false_positive_rate(self._densities(guard, self.heldout_texts), threshold)
         return guard.replace(
             threshold=threshold,
             facts={
-                "method": settings.method,
-                "num_calibration_sequences": len(densities),
-                "heldout_false_positive_rate": vars(heldout),
-                "forget_scores": list(selection.forget_scores),
-                "ratios": list(selection.ratios),
+                "settings": asdict(settings),
+                "selection": asdict(selection),
+                "num_calibration_sequences": len(self.calibration_texts),
+                "false_positive_rate": asdict(rate),
             },
         )
 
     def _densities(self, guard: Guard, texts: Sequence[str]) -> Float[Tensor, " n"]:
-        batches = self._batches(texts)
-        if not batches:
-            return torch.zeros(0, dtype=torch.float64)
-        return torch.cat(
-            [guard.density(self.model, **batch.model_inputs()).cpu() for batch in batches]
-        )
-
-    def _batches(self, texts: Sequence[str]) -> list[TokenBatch]:
-        return corpus_batches(
-            self.tokenizer, texts, self.settings.max_length, self.settings.batch_size
+        settings = self.settings
+        return text_densities(
+            guard, self.model, self.tokenizer, texts, settings.max_length, settings.batch_size
         )

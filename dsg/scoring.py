@@ -6,7 +6,7 @@ the prompt. A guard decides once per question, on the prompt alone, for all of i
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,14 +84,8 @@ class ClozeBatch:
 
     def to(self, device: torch.device | str) -> "ClozeBatch":
         """The same batch on `device`."""
-        return ClozeBatch(
-            self.tokens.to(device),
-            self.prompt_mask.to(device),
-            self.option_mask.to(device),
-            self.question_ids.to(device),
-            self.answers.to(device),
-            self.num_options,
-        )
+        moved = ("tokens", "prompt_mask", "option_mask", "question_ids", "answers")
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,16 @@
-"""lightning_modules."""
+"""Lightning modules, one per kind of run; each is a thin shell around `dsg`."""
+
+from lightning_modules.evaluation import EvaluationModule
+from lightning_modules.pretraining import PretrainingModule
+from lightning_modules.relearning import RelearningModule
+from lightning_modules.sequential import SequentialModule
+from lightning_modules.unlearning import RMUSettings, UnlearningModule
+
+__all__ = [
+    "EvaluationModule",
+    "PretrainingModule",
+    "RMUSettings",
+    "RelearningModule",
+    "SequentialModule",
+    "UnlearningModule",
+]

@@ -63,8 +63,8 @@ class EvaluationModule(lightning.LightningModule):
             self.guard = make_guard(self.guard_settings, self.model, self.trainer)
 
     def on_validation_start(self) -> None:
-        """Begin an evaluation on the validation split."""
-        self._start("validation")
+        """Begin an evaluation on the split that the data module validates on."""
+        self._start(data_of(self.trainer, *EVALUATION_DATA).val_split)
 
     def on_test_start(self) -> None:
         """Begin an evaluation on the test split."""

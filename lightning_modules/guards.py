@@ -5,6 +5,7 @@ from typing import Any
 import lightning
 from transformers import PreTrainedModel
 
+from dsg.build import FORGET_FRACTIONS, split_by_hash
 from dsg.guard import Guard
 from dsg.recipes import GuardMaker, GuardSettings
 from dsg.sae import load_sae
@@ -16,16 +17,20 @@ def make_guard(
 ) -> Guard:
     """Make the guard for the forget texts of the trainer's data module.
 
-    Every rank makes it from all texts, so it does not depend on their number.
+    Every rank makes it from all texts, so it does not depend on their number. As in
+    `dsg.build_guard`, a quarter of the forget texts (by hash) is held out of the selection.
 
     Args:
-        settings: Which guard to make.
+        settings: Which guard to make, or which saved one to load.
         model: The unguarded model; moved to the trainer's device.
         trainer: Supplies the data module.
     """
+    if settings.artifact is not None:
+        return Guard.load(settings.artifact)
     data = data_of(trainer, *GUARD_DATA)
     maker = guard_maker(settings, model, trainer)
-    return maker.make(maker.statistics(data.forget_texts()))
+    selection_texts, _ = split_by_hash(data.forget_texts(), FORGET_FRACTIONS)
+    return maker.make(maker.statistics(selection_texts))
 
 
 def guard_maker(

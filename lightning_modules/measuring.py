@@ -137,6 +137,7 @@ class Measurer:
             self.baseline = values["base", QUESTION_COLUMNS]
         elif self.baseline is None:
             self.baseline = values[states[0], QUESTION_COLUMNS]
+        logged: dict[str, float] = {}
         for state in states:
             question_values = values[state, QUESTION_COLUMNS]
             passage_values = values[state, PASSAGE_COLUMNS]
@@ -150,7 +151,7 @@ class Measurer:
                 baseline=self.baseline,
                 forget_domains=forget_domains,
             )
-            log_measurements(trainer, measurements, stage, state, epoch)
+            logged |= {metric_key(found, stage, state): found.value for found in measurements}
             self.rows += [
                 row(
                     **vars(labels),
@@ -162,6 +163,9 @@ class Measurer:
                 )
                 for measurement in measurements
             ]
+        # Not through `LightningModule.log`, which would average over batches and ranks.
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=epoch)
         if trainer.is_global_zero:
             write_results(trainer.default_root_dir, self.rows)
 
@@ -174,26 +178,11 @@ class Measurer:
         self.rows, self.baseline = state["rows"], state["baseline"]
 
 
-def log_measurements(
-    trainer: lightning.Trainer,
-    measurements: Sequence[Measurement],
-    stage: Literal["val", "test"],
-    guard: str,
-    epoch: int | None,
-) -> None:
-    """Send measurements to every logger under `<stage>/<domain>/guard_<on|off>/<metric>`.
-
-    Not through `LightningModule.log`, which would average over batches and ranks.
-    """
-    values = {
-        metric_key(measurement, stage, guard): measurement.value for measurement in measurements
-    }
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=epoch)
-
-
 def metric_key(measurement: Measurement, stage: str, guard: str) -> str:
-    """The logged name; protocols other than `cloze` follow the metric, where it has several."""
+    """The logged name, `<stage>/<domain>/guard_<on|off>/<metric>`.
+
+    A protocol other than `cloze` follows the metric, where the metric has several.
+    """
     suffix = measurement.protocol.removeprefix("cloze").removeprefix("_")
     if measurement.metric == "perplexity" or not suffix:
         name = measurement.metric

@@ -16,7 +16,7 @@ from dsg.tokens import TokenBatch
 
 Split = Literal["validation", "test"]
 
-EVALUATION_DATA = ("name", "tokenizer", "questions", "passages")
+EVALUATION_DATA = ("name", "tokenizer", "val_split", "questions", "passages")
 REQUEST_DATA = (*EVALUATION_DATA, "request_domains")
 GUARD_DATA = ("tokenizer", "forget_texts", "retain_texts", "calibration_texts", "heldout_texts")
 
@@ -24,7 +24,7 @@ GUARD_DATA = ("tokenizer", "forget_texts", "retain_texts", "calibration_texts", 
 class EvaluationData(Protocol):
     """Questions and passages, and the batches that hold each of them exactly once.
 
-    `val_dataloader()` yields the batches of the `validation` split, `test_dataloader()` those of
+    `val_dataloader()` yields the batches of `val_split`, `test_dataloader()` those of
     the `test` split, in any order and from any number of loaders.
     """
 
@@ -32,6 +32,8 @@ class EvaluationData(Protocol):
     """The `dataset` column of the results."""
     tokenizer: Any
     """The model's tokenizer, present after `setup`."""
+    val_split: Split
+    """`validation` where settings are chosen; a run that chooses nothing may say `test`."""
 
     def questions(self, split: Split) -> Sequence[Question]:
         """All questions of a split; their domain is the name to report them under."""

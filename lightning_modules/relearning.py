@@ -137,7 +137,7 @@ class RelearningModule(lightning.LightningModule):
         """Begin an evaluation."""
         data = data_of(self.trainer, *EVALUATION_DATA)
         base_model = self.base_model if self.trainer.sanity_checking else None
-        self.measurer.start(data, "validation", self.guard, base_model)
+        self.measurer.start(data, data.val_split, self.guard, base_model)
 
     def validation_step(
         self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0

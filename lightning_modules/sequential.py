@@ -129,7 +129,7 @@ class SequentialModule(lightning.LightningModule):
     def on_validation_start(self) -> None:
         """Begin an evaluation of all requests."""
         data = data_of(self.trainer, *REQUEST_DATA)
-        self.measurer.start(data, "validation", self._stack())
+        self.measurer.start(data, data.val_split, self._stack())
 
     def validation_step(
         self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0

@@ -109,7 +109,8 @@ class UnlearningModule(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         """Begin an evaluation."""
-        self.measurer.start(data_of(self.trainer, *EVALUATION_DATA), "validation", None)
+        data = data_of(self.trainer, *EVALUATION_DATA)
+        self.measurer.start(data, data.val_split, None)
 
     def validation_step(
         self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0
