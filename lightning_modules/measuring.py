@@ -130,7 +130,13 @@ class Measurer:
         request: int | None = None,
         forget_domains: Sequence[str] = ("forget",),
     ) -> None:
-        """Gather all ranks' values, log the measurements and write the rows so far."""
+        """Gather all ranks' values, log the measurements and write the rows so far.
+
+        Does nothing in the sanity check of a resumed run, whose rows tell the state before
+        training already.
+        """
+        if trainer.sanity_checking and self.rows:
+            return
         values = {key: metric.by_id() for key, metric in self._metrics.items()}
         states = [state for state in ("none", "off", "on") if (state, QUESTION_COLUMNS) in values]
         if ("base", QUESTION_COLUMNS) in values:

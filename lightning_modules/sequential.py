@@ -1,10 +1,12 @@
 """Sequential forget requests as a `fit` run: one epoch is one request."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from jaxtyping import Float
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -187,6 +189,16 @@ class SequentialModule(lightning.LightningModule):
                 f"`max_epochs` must be the number of requests, {num_requests}, got "
                 f"{self.trainer.max_epochs}; set trainer.max_epochs."
             )
+
+    def on_train_epoch_end(self) -> None:
+        """Write a checkpoint after a request that took no optimizer step.
+
+        `ModelCheckpoint` skips those: it takes a standing step count for nothing new.
+        """
+        callback = self.trainer.checkpoint_callback
+        if self.maker is not None and isinstance(callback, ModelCheckpoint):
+            name = f"request_{len(self.guards)}.ckpt"
+            self.trainer.save_checkpoint(Path(callback.dirpath or ".") / name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the requests changed; the guards lie in the run directory."""

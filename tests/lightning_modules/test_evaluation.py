@@ -146,7 +146,9 @@ def test_data_without_what_the_run_needs(toy, tmp_path):
         def test_dataloader(self) -> DataLoader:
             return DataLoader([0])
 
-    with pytest.raises(UserError, match="`data` must offer tokenizer, val_split, questions, passages for"):
+    with pytest.raises(
+        UserError, match="`data` must offer tokenizer, val_split, questions, passages for"
+    ):
         evaluate(toy, tmp_path, Poor())
 
 
