@@ -148,6 +148,18 @@ class Attachment:
         """
         return self._evidence()[0].density
 
+    def repeat_sequences(self, cache: Any, repeats: int) -> None:
+        """Repeats each sequence of a KV cache, to continue one prompt in several ways.
+
+        Args:
+            cache: A dynamic KV cache that a forward pass of this attachment has filled.
+            repeats: Copies of each sequence; they lie in adjacent rows.
+
+        Raises:
+            UserError: If the cache was filled elsewhere.
+        """
+        self._memory.repeat(cache, repeats)
+
     def _evidence(self) -> list[Evidence]:
         if self._last is None:
             raise UserError("decisions must be asked for after a forward pass; run one first.")

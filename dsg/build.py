@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dsg.calibration import calibrate_threshold, false_positive_rate
 from dsg.edit import ClampScope
@@ -31,7 +31,7 @@ _LIBRARIES = ("dynamic-sae-guardrails", "torch", "transformers", "sae-lens")
 
 
 def build_guard(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sae: "SAE[Any]",
     forget_texts: Iterable[str],
@@ -57,7 +57,7 @@ def build_guard(
     the retain texts' own share goes to selection.
 
     Args:
-        model: The language model.
+        model: The language model, possibly wrapped.
         tokenizer: Its tokenizer.
         sae: A standard or JumpReLU SAE of the hook point.
         forget_texts: What is to be forgotten, one sequence each.
@@ -164,7 +164,7 @@ def split_by_hash(texts: Iterable[str], fractions: Sequence[float]) -> list[list
 
 def text_densities(
     guard: Guard,
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     max_length: int | None,
@@ -174,7 +174,7 @@ def text_densities(
 
     Args:
         guard: Whose features are counted.
-        model: The language model.
+        model: The language model, possibly wrapped.
         tokenizer: Its tokenizer.
         texts: One sequence each.
         max_length: Longest sequence, in tokens.
@@ -226,7 +226,7 @@ def _check_disjoint(splits: dict[str, list[str]]) -> None:
     seen: dict[str, str] = {}
     for name, texts in splits.items():
         # Within a split, repetitions are the user's weighting.
-        for text in {_normalised(text) for text in texts}:
+        for text in dict.fromkeys(map(_normalised, texts)):
             if text in seen:
                 raise UserError(
                     f"splits must not share a text, got {text[:60]!r} in {seen[text]!r} and "

@@ -6,8 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from dsg.artifact import read_artifact, write_artifact
 from dsg.attachment import Attachment, Continuation, DecisionRule, attach
@@ -128,7 +127,7 @@ class Guard(DeviceOnlyModule):
 
     def density(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         token_mask: Bool[Tensor, "batch seq"] | None = None,
@@ -165,7 +164,7 @@ class Guard(DeviceOnlyModule):
 
     def attached(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         decision: DecisionRule = "sequence",
         continuation: Continuation = "running",
     ) -> AbstractContextManager[Attachment]:

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dsg.attachment import Attachment, Continuation, DecisionRule, attach
 from dsg.errors import UserError
@@ -56,7 +55,7 @@ class GuardStack(nn.Module):
 
     def attached(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         decision: DecisionRule = "sequence",
         continuation: Continuation = "running",
     ) -> AbstractContextManager[Attachment]:

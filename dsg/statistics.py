@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dsg.errors import UserError
 from dsg.hooks import check_width, read_activations
@@ -147,7 +147,7 @@ class FeatureStatistics:
 
 
 def collect_statistics(
-    model: PreTrainedModel,
+    model: nn.Module,
     sae: "SAE[Any]",
     hook_point: str,
     batches: Iterable[TokenBatch],

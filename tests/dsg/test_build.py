@@ -1,0 +1,140 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsg.build import build_guard, split_by_hash, texts_digest
+from dsg.errors import UserError
+from dsg.guard import Guard
+from dsg.selection import select_fisher_ratio
+from dsg.statistics import collect_statistics, corpus_batches
+from tests.helpers import HOOK_POINT, WORDS, jumprelu_sae, standard_sae
+
+RNG = np.random.default_rng(0)
+
+
+def texts(num, words):
+    made = set()
+    while len(made) < num:
+        made.add(" ".join(RNG.choice(words, RNG.integers(4, 12))))
+    return sorted(made)
+
+
+FORGET = texts(30, WORDS[:8])
+RETAIN = texts(60, WORDS[8:])
+OPTIONS = {"hook_point": HOOK_POINT, "num_features": 3, "ratio_percentile": 75.0, "batch_size": 8}
+
+
+@pytest.fixture
+def guard(model, tokenizer):
+    return build_guard(model, tokenizer, jumprelu_sae(), FORGET, iter(RETAIN), **OPTIONS)
+
+
+def test_build_equals_its_steps(guard, model, tokenizer):
+    forget, _ = split_by_hash(FORGET, (0.75, 0.25))
+    selection, calibration, heldout = split_by_hash(RETAIN, (0.5, 0.25, 0.25))
+    sae = jumprelu_sae()
+    chosen = select_fisher_ratio(
+        *(
+            collect_statistics(model, sae, HOOK_POINT, corpus_batches(tokenizer, part, None, 1))
+            for part in (forget, selection)
+        ),
+        3,
+        75.0,
+    )
+    assert guard.feature_ids == list(chosen.feature_ids)
+
+    def density(text):
+        return guard.density(model, torch.tensor(tokenizer([text])["input_ids"])).item()
+
+    threshold = np.percentile([density(text) for text in calibration], 95.0)
+    assert guard.threshold == pytest.approx(threshold, abs=1e-15)
+    rate = guard.facts["false_positive_rate"]
+    assert rate["n"] == len(heldout)
+    assert rate["value"] == np.mean([density(text) > guard.threshold for text in heldout])
+    assert rate["low"] <= rate["value"] <= rate["high"]
+
+
+def test_facts_tell_how_it_was_made(guard):
+    facts = guard.facts
+    assert sum(facts["num_texts"].values()) == len(FORGET) + len(RETAIN)
+    assert facts["threshold_percentile"] == 95.0
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["mean_residual_norm"] == guard.residual_norm > 0
+    assert len(facts["selection"]["forget_scores"]) == 3
+    forget, _ = split_by_hash(FORGET, (0.75, 0.25))
+    assert facts["sha256_of_texts"]["forget_selection"] == texts_digest(reversed(forget))
+    json.dumps(facts, allow_nan=False)
+
+
+def test_built_guard_is_on_the_cpu_and_survives_saving(guard, tmp_path):
+    guard.save(tmp_path)
+    loaded = Guard.load(tmp_path)
+    assert loaded.feature_ids == guard.feature_ids
+    assert loaded.facts == json.loads(json.dumps(guard.facts))
+
+
+def test_explicit_splits_override_and_give_their_share_to_selection(model, tokenizer):
+    calibration, heldout = texts(5, WORDS), texts(4, WORDS)
+    built = build_guard(
+        model,
+        tokenizer,
+        jumprelu_sae(),
+        FORGET,
+        RETAIN,
+        calibration_texts=calibration,
+        heldout_texts=heldout,
+        **OPTIONS,
+    )
+    sizes = built.facts["num_texts"]
+    assert sizes["retain_selection"] == len(RETAIN)
+    assert (sizes["retain_calibration"], sizes["retain_heldout"]) == (5, 4)
+
+
+def test_overlap_is_refused_whatever_case_and_spacing(model, tokenizer):
+    shared = FORGET[0].upper().replace(" ", "  ")
+    with pytest.raises(UserError, match="splits must not share a text, got 'w"):
+        build_guard(model, tokenizer, standard_sae(), FORGET, [*RETAIN, shared], **OPTIONS)
+    with pytest.raises(UserError, match="and 'retain_heldout'; remove it from one"):
+        build_guard(
+            model, tokenizer, standard_sae(), FORGET, RETAIN, heldout_texts=RETAIN, **OPTIONS
+        )
+
+
+def test_repeated_texts_share_a_split(model, tokenizer):
+    built = build_guard(model, tokenizer, jumprelu_sae(), FORGET * 2, RETAIN * 2, **OPTIONS)
+    assert sum(built.facts["num_texts"].values()) == 2 * (len(FORGET) + len(RETAIN))
+
+
+def test_what_does_not_fit_is_refused(model, tokenizer):
+    with pytest.raises(UserError, match="residual width 16, got 8"):
+        build_guard(model, tokenizer, standard_sae(d_in=8), FORGET, RETAIN, **OPTIONS)
+    with pytest.raises(UserError, match=r"the split 'retain_.*' must hold at least one text"):
+        build_guard(model, tokenizer, standard_sae(), FORGET, RETAIN[:1], **OPTIONS)
+    with pytest.raises(UserError, match="the split 'forget_selection' must hold at least one"):
+        build_guard(model, tokenizer, standard_sae(), [], RETAIN, **OPTIONS)
+
+
+@given(st.lists(st.text(max_size=5), max_size=20), st.text(max_size=5))
+def test_a_texts_split_does_not_depend_on_the_others(others, text):
+    alone = split_by_hash([text], (0.5, 0.25, 0.25))
+    place = next(index for index, split in enumerate(alone) if split)
+    assert text in split_by_hash([*others, text], (0.5, 0.25, 0.25))[place]
+
+
+def test_split_follows_the_hash():
+    first = hashlib.sha256(b"some text").digest()[0] / 256
+    expected = 0 if first < 0.5 else 1
+    assert split_by_hash(["some text"], (0.5, 0.5))[expected] == ["some text"]
+    sizes = [len(part) for part in split_by_hash(map(str, range(4000)), (0.5, 0.25, 0.25))]
+    assert sizes == pytest.approx([2000, 1000, 1000], abs=120)
+
+
+@pytest.mark.parametrize("fractions", [(), (0.5, 0.6), (-0.5, 1.5)])
+def test_bad_fractions(fractions):
+    with pytest.raises(UserError, match="`fractions` must be at least 0 and sum to 1"):
+        split_by_hash(["a"], fractions)

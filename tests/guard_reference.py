@@ -1,0 +1,97 @@
+"""The method written a second time: one row, plain loops, full decode, no cache, no padding."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsg.guard import Guard
+from dsg.sae import slice_features
+from tests.helpers import HOOK_POINT
+
+LAYER = 1
+UNCOUNTED = [0, 1, 2]
+FEATURES = [3, 0, 7]
+
+
+def make_guard(sae, feature_ids=FEATURES, **changes) -> Guard:
+    settings = {
+        "hook_point": HOOK_POINT,
+        "uncounted_ids": UNCOUNTED,
+        "pad_id": 0,
+        "threshold": 0.3,
+        "clamp_value": -20.0,
+        **changes,
+    }
+    return Guard(slice_features(sae, feature_ids), **settings)
+
+
+@dataclass
+class Reference:
+    """Expected logits [seq, vocab], decision per position, and final density."""
+
+    logits: Tensor
+    triggered: list[bool]
+    density: float
+
+
+def reference(model, sae, guard, ids, prompt_length=None, running=True) -> Reference:
+    """What a guarded model must compute for one unpadded sequence of ids."""
+    tokens = torch.tensor([ids])
+    captured = []
+    layer = model.model.layers[LAYER]
+    handle = layer.register_forward_hook(lambda _m, _a, output: captured.append(output))
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    handle.remove()
+    h = captured[0][0]
+    z = sae.encode(h)
+
+    selected = guard.feature_ids
+    counted = [token not in UNCOUNTED for token in ids]
+    active = [any(z[t, j] > 0 for j in selected) for t in range(len(ids))]
+    prompt_length = len(ids) if prompt_length is None else prompt_length
+
+    def density(end):
+        seen = [t for t in range(end) if counted[t]]
+        return sum(active[t] for t in seen) / len(seen) if seen else 0.0
+
+    triggered = [density(prompt_length) > guard.threshold] * prompt_length
+    for t in range(prompt_length, len(ids)):
+        before = triggered[-1] if triggered else False
+        triggered.append(before or (running and density(t + 1) > guard.threshold))
+    if guard.gate == "token":
+        triggered = [True] * len(ids)
+
+    value = guard.clamp_value
+    if guard.clamp_unit == "residual_norm":
+        value *= guard.residual_norm
+    z_new = z.clone()
+    for t in range(len(ids)):
+        if triggered[t] and counted[t] and active[t]:
+            for j in selected:
+                if guard.clamp_scope == "all" or z[t, j] > 0:
+                    z_new[t, j] = value
+    edited = h + sae.decode(z_new) - sae.decode(z)
+
+    handle = layer.register_forward_hook(lambda _m, _a, _o: edited[None])
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits[0]
+    handle.remove()
+    return Reference(logits, triggered, density(len(ids) if running else prompt_length))
+
+
+def greedy(model, sae, guard, prompt, num_tokens, eos_id, running=True) -> tuple[list[int], bool]:
+    """Greedy decoding one token at a time, the whole sequence anew each time.
+
+    Returns:
+        The new tokens, and whether the decision changed behind the prompt.
+    """
+    ids, flipped = list(prompt), False
+    for _ in range(num_tokens):
+        step = reference(model, sae, guard, ids, len(prompt), running)
+        flipped = flipped or (step.triggered[-1] != step.triggered[0])
+        ids.append(int(step.logits[-1].argmax()))
+        if ids[-1] == eos_id:
+            break
+    return ids[len(prompt) :], flipped
