@@ -26,6 +26,14 @@ class Evidence:
         """Fraction of counted tokens on which any selected feature was active (rho), float64."""
         return density(self.num_fired, self.num_counted)
 
+    def repeat_interleave(self, repeats: int) -> "Evidence":
+        """The same about each sequence `repeats` times, copies in adjacent rows."""
+        return Evidence(
+            self.num_fired.repeat_interleave(repeats),
+            self.num_counted.repeat_interleave(repeats),
+            self.triggered.repeat_interleave(repeats),
+        )
+
 
 def density(
     num_fired: Int[Tensor, "*axes"], num_counted: Int[Tensor, "*axes"]

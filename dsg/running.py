@@ -36,6 +36,21 @@ class CacheMemory:
             alias = weakref.ref(keys) if keys is not None else None
             self._records[cache] = _Record(evidence, num_positions, alias)
 
+    def repeat(self, cache: Any, repeats: int) -> None:
+        """Repeats each row of a cache, the copies in adjacent rows, and what is known about it.
+
+        Args:
+            cache: A KV cache that `remember` has seen.
+            repeats: Copies of each row.
+
+        Raises:
+            UserError: If the cache was filled elsewhere.
+        """
+        record = self._known(cache)
+        cache.batch_repeat_interleave(repeats)
+        evidence = [one.repeat_interleave(repeats) for one in record.evidence]
+        self.remember(cache, evidence, record.num_positions)
+
     def recall(self, cache: Any, batch: int) -> list[Evidence] | None:
         """What the tokens in a cache said; None for an empty one or none.
 
@@ -49,12 +64,7 @@ class CacheMemory:
         past = past_length(cache)
         if past == 0:
             return None
-        record = self._records.get(cache)
-        if record is None:
-            raise UserError(
-                f"`past_key_values` must be filled while the guard is attached, got {past} tokens "
-                "that it has not seen; run the prompt inside the `with` block."
-            )
+        record = self._known(cache)
         before = record.evidence[0].triggered.shape[0]
         if before != batch:
             raise UserError(
@@ -69,6 +79,16 @@ class CacheMemory:
                 "dynamic cache."
             )
         return record.evidence
+
+    def _known(self, cache: Any) -> _Record:
+        record = self._records.get(cache)
+        if record is None:
+            raise UserError(
+                "`past_key_values` must be filled while the guard is attached, got "
+                f"{past_length(cache)} tokens that it has not seen; run the prompt inside the "
+                "`with` block."
+            )
+        return record
 
 
 def past_length(cache: Any) -> int:

@@ -4,17 +4,18 @@ A cloze question is answered by the option whose tokens have the highest mean lo
 the prompt. A guard decides once per question, on the prompt alone, for all of its options.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dsg.errors import UserError
+from dsg.forward import guarded
 from dsg.guard import Guard
 from dsg.hooks import unwrap
 from dsg.stack import GuardStack
@@ -59,20 +60,18 @@ class Passage:
 
 @dataclass(frozen=True)
 class ClozeBatch:
-    """Questions of one batch, one row per option, the options of a question in adjacent rows.
+    """Questions of one batch; the options of a question lie in adjacent rows.
 
     Attributes:
-        tokens: Prompt and option of each row, padded on the right; `[b * num_options, seq]`.
-        prompt_mask: The prompt's tokens.
-        option_mask: The option's tokens, which are scored.
+        prompts: One row per question, padded on the left, `[b, seq]`.
+        options: One row per option, padded on the right, `[b * num_options, tokens]`.
         question_ids: `[b]`.
         answers: Index of the right option, `[b]`.
-        num_options: Rows per question.
+        num_options: Options per question.
     """
 
-    tokens: TokenBatch
-    prompt_mask: Bool[Tensor, "rows seq"]
-    option_mask: Bool[Tensor, "rows seq"]
+    prompts: TokenBatch
+    options: TokenBatch
     question_ids: Int[Tensor, " b"]
     answers: Int[Tensor, " b"]
     num_options: int
@@ -84,7 +83,7 @@ class ClozeBatch:
 
     def to(self, device: torch.device | str) -> "ClozeBatch":
         """The same batch on `device`."""
-        moved = ("tokens", "prompt_mask", "option_mask", "question_ids", "answers")
+        moved = ("prompts", "options", "question_ids", "answers")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
@@ -123,16 +122,15 @@ def cloze_collate(tokenizer: Any) -> Callable[[Sequence[Question]], ClozeBatch]:
                 f"`questions` of one batch must have equally many options, got {counts}; "
                 "batch them apart."
             )
-        rows = [row for question in questions for row in encoded[question][1]]
-        prompt_lengths = torch.tensor(
-            [encoded[question][0] for question in questions]
-        ).repeat_interleave(num_options)
-        tokens = pad_sequences(rows, pad_id, uncounted_ids)
-        in_prompt = torch.arange(tokens.input_ids.shape[1]) < prompt_lengths[:, None]
+        prompts, options = [], []
+        for question in questions:
+            num_prompt, rows = encoded[question]
+            prompts.append(rows[0][:num_prompt])
+            options += [row[num_prompt:] for row in rows]
         return ClozeBatch(
-            tokens=tokens,
-            prompt_mask=in_prompt,
-            option_mask=tokens.token_mask & ~in_prompt,
+            # On the left, so that an option follows its prompt without a gap.
+            prompts=pad_sequences(prompts, pad_id, uncounted_ids, side="left"),
+            options=pad_sequences(options, pad_id, uncounted_ids),
             question_ids=torch.tensor([question.id for question in questions]),
             answers=torch.tensor([question.answer for question in questions]),
             num_options=num_options,
@@ -198,23 +196,8 @@ def score_cloze(
         log-probability of the right option minus that of the best wrong one, in nats), `triggered`
         and `density` (of the unedited model; NaN without a guard).
     """
-    # The logits that predict an option's token in any row.
-    positions = batch.option_mask.any(dim=0).nonzero()[:, 0] - 1
-    logits, triggered, density = _forward(
-        model,
-        batch.tokens,
-        guard,
-        positions,
-        decision="prompt",
-        continuation="frozen",
-        prompt_mask=batch.prompt_mask,
-    )
-    targets = batch.tokens.input_ids[:, positions + 1]
-    scored = batch.option_mask[:, positions + 1]
-    # Only the options' tokens meet the softmax: with a large vocabulary it is the main cost.
-    log_probs = torch.zeros(scored.shape, dtype=torch.float32, device=logits.device)
-    log_probs[scored] = -F.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
-    mean_log_probs = log_probs.double().sum(dim=1) / scored.sum(dim=1)
+    log_probs, triggered, density = _option_log_probs(unwrap(model), batch, guard)
+    mean_log_probs = log_probs.sum(dim=1) / batch.options.token_mask.sum(dim=1)
     options = mean_log_probs.reshape(-1, batch.num_options)
     right = batch.answers[:, None]
     chosen = options.argmax(dim=1)
@@ -223,8 +206,8 @@ def score_cloze(
         "correct": (chosen == batch.answers).double(),
         "correct_probability": options.softmax(dim=1).gather(1, right)[:, 0],
         "margin": options.gather(1, right)[:, 0] - wrong,
-        "triggered": triggered[:: batch.num_options].double(),
-        "density": density[:: batch.num_options].double(),
+        "triggered": triggered.double(),
+        "density": density.double(),
     }
 
 
@@ -243,7 +226,10 @@ def score_passages(
         Per passage, in float64: `nll_sum` (nats, over the counted tokens after the first),
         `num_tokens` (how many those are), `triggered` and `density` (NaN without a guard).
     """
-    logits, triggered, density = _forward(model, batch.tokens, guard, None, decision="sequence")
+    inner, tokens = unwrap(model), batch.tokens
+    with guarded(inner, guard, decision="sequence") as forward:
+        logits = forward(tokens, use_cache=False).logits
+        triggered, density = forward.decision(len(tokens.input_ids))
     scored = batch.tokens.token_mask[:, 1:]
     sums = [
         # Row by row, so that only one row's logits are ever copied to float32.
@@ -258,39 +244,45 @@ def score_passages(
     }
 
 
-def _forward(
-    model: nn.Module,
-    tokens: TokenBatch,
-    guard: Guard | GuardStack | None,
-    positions: Int[Tensor, " kept"] | None,
-    *,
-    prompt_mask: Bool[Tensor, "rows seq"] | None = None,
-    **attach: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits at `positions` (all of them if None), and what the guard decided."""
-    inner = unwrap(model)
-    inputs: dict[str, Any] = {**tokens.model_inputs(), "use_cache": False}
-    # Most models can skip the output layer where no logit is asked for.
-    early = (
-        positions is not None and "logits_to_keep" in inspect.signature(inner.forward).parameters
-    )
-    if early:
-        inputs["logits_to_keep"] = positions
-    if guard is None:
-        logits = inner(**inputs).logits
-        triggered = density = torch.full(
-            (len(tokens.input_ids),), torch.nan, dtype=torch.float64, device=logits.device
-        )
-    else:
-        masks = {"token_mask": tokens.token_mask}
-        if prompt_mask is not None:
-            masks["prompt_mask"] = prompt_mask
-        with guard.attached(inner, **attach) as attachment:
-            logits = inner(**inputs, **masks).logits
-        triggered, density = attachment.triggered, attachment.density
-    if positions is not None and not early:
-        logits = logits[:, positions]
-    return logits, triggered, density
+def _option_log_probs(
+    model: PreTrainedModel, batch: ClozeBatch, guard: Guard | GuardStack | None
+) -> tuple[Float[Tensor, "rows tokens"], Tensor, Tensor]:
+    """Log-probability of each option token, 0 for padding, and the guard's decision per prompt.
+
+    The options of a question continue one KV cache, so that the prompt is read only once.
+    """
+    prompts, options, copies = batch.prompts, batch.options, batch.num_options
+    prompt_mask = prompts.attention_mask
+    with guarded(model, guard, decision="prompt", continuation="frozen") as forward:
+        positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        keep = {"logits_to_keep": 1} if forward.can_skip_logits else {}
+        first = forward(prompts, position_ids=positions, use_cache=True, **keep)
+        triggered, density = forward.decision(len(prompts.input_ids))
+        logits = first.logits[:, -1:].repeat_interleave(copies, dim=0)
+        if options.input_ids.shape[1] > 1:
+            # No logit is needed after an option's last token.
+            known = TokenBatch(
+                options.input_ids[:, :-1],
+                torch.cat(
+                    [prompt_mask.repeat_interleave(copies, 0), options.attention_mask[:, :-1]], 1
+                ),
+                options.token_mask[:, :-1],
+            )
+            forward.repeat_sequences(first.past_key_values, copies)
+            start = prompt_mask.sum(1).repeat_interleave(copies)
+            rest = forward(
+                known,
+                position_ids=start[:, None] + torch.arange(known.input_ids.shape[1]).to(start),
+                past_key_values=first.past_key_values,
+                use_cache=True,
+            )
+            logits = torch.cat([logits, rest.logits], dim=1)
+    scored = options.token_mask
+    # Only the options' tokens meet the softmax: with a large vocabulary it is the main cost.
+    log_probs = torch.zeros(scored.shape, dtype=torch.float64, device=logits.device)
+    losses = F.cross_entropy(logits[scored].float(), options.input_ids[scored], reduction="none")
+    log_probs[scored] = -losses.double()
+    return log_probs, triggered, density
 
 
 def _shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from dsg.scoring import (
     score_passages,
 )
 from tests.dsg.scoring_helpers import QUESTIONS, tiny_guard
-from tests.helpers import BOS, tiny_model
+from tests.helpers import BOS
 
 PASSAGES = [
     Passage(0, "retain", "w1 w2 w3 w4 w5"),
@@ -70,21 +70,6 @@ def test_batching_and_padding_leave_answers_alone(model, tokenizer):
         alone = score_cloze(model, collate([question]))
         for name in ("correct", "correct_probability", "margin"):
             assert alone[name].item() == pytest.approx(together[name][row].item(), abs=1e-5)
-
-
-def test_models_that_cannot_skip_the_output_layer_score_the_same(tokenizer):
-    model = tiny_model()
-    batch = cloze_collate(tokenizer)(QUESTIONS)
-    expected = score_cloze(model, batch)
-    whole = type(model).forward
-
-    def forward(self, input_ids=None, attention_mask=None, use_cache=None):
-        return whole(self, input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    model.forward = forward.__get__(model)
-    actual = score_cloze(model, batch)
-    for name, column in expected.items():
-        torch.testing.assert_close(actual[name], column, equal_nan=True, atol=1e-6, rtol=1e-6)
 
 
 def test_passage_losses_match_one_sequence_at_a_time(model, tokenizer):
@@ -149,14 +134,14 @@ def test_the_shared_tokens_are_the_prompt_where_merges_cross_the_border():
     assert rows == tokenizer(texts)["input_ids"]
 
 
-def test_collate_marks_prompt_and_option(tokenizer):
+def test_collate_parts_prompts_from_options(tokenizer):
     question = Question(7, "retain", "question", "w1 w2", (" w3", " w4 w5"), 1)
     batch = cloze_collate(tokenizer)([question])
-    assert batch.tokens.input_ids.tolist() == [[BOS, 5, 6, 7, 0], [BOS, 5, 6, 8, 9]]
-    assert batch.prompt_mask.tolist() == [[True] * 3 + [False] * 2] * 2
-    assert batch.option_mask.int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert batch.prompts.input_ids.tolist() == [[BOS, 5, 6]]
+    assert batch.options.input_ids.tolist() == [[7, 0], [8, 9]]
+    assert batch.options.token_mask.int().tolist() == [[1, 0], [1, 1]]
     assert (batch.ids.tolist(), batch.answers.tolist(), batch.num_options) == ([7], [1], 2)
-    assert torch.equal(batch.to("cpu").option_mask, batch.option_mask)
+    assert torch.equal(batch.to("cpu").options.input_ids, batch.options.input_ids)
 
 
 @pytest.mark.parametrize("option", ["", " "])
