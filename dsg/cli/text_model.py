@@ -110,10 +110,10 @@ def _train_round(
 ) -> None:
     """A Lightning `fit` run with a learning-rate cycle of its own."""
     import lightning
+    from transformers import LlamaForCausalLM
 
     from datamodules import TextFilesCorpus
     from lightning_modules import PretrainingModule
-    from lightning_modules.loading import load_model
 
     lightning.seed_everything(seed, verbose=False)
     corpus = TextFilesCorpus(
@@ -127,6 +127,7 @@ def _train_round(
         batch_size=sizes.batch_size,
     )
     corpus.setup("fit")
+    assert corpus.tokenizer is not None
     module = PretrainingModule(
         vocab_size=len(corpus.tokenizer),
         d_model=sizes.d_model,
@@ -135,7 +136,7 @@ def _train_round(
         context_length=sizes.context_length,
     )
     if not first:
-        module.model = load_model(str(folder / MODEL_FOLDER)).requires_grad_(True).train()
+        module.model = LlamaForCausalLM.from_pretrained(folder / MODEL_FOLDER).train()
     trainer = lightning.Trainer(
         default_root_dir=folder,
         accelerator="cpu",

@@ -1,0 +1,184 @@
+"""The demonstration on the user's own text: what can be measured without questions."""
+
+import argparse
+import functools
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from datamodules.text_files import file_facts, read_uses
+from dsg.cli.benchmark import HOOK_POINT, MODEL_FOLDER, SAE_FOLDER
+from dsg.cli.pretrained import open_pretrained
+from dsg.cli.quiet import calm_libraries
+from dsg.cli.stages import Stages
+from dsg.cli.text_continuation import continue_passages
+from dsg.cli.text_model import Sizes, TextFiles, ensure_text_model, read_training
+from dsg.cli.text_stages import Part, TextCell, evaluate, evaluate_random, relearn, tune_guards
+from dsg.cli.trainers import Tracking
+from dsg.errors import UserError
+from dsg.report import build_report, results_table
+from dsg.report.sidefiles import (
+    ChosenSettings,
+    Densities,
+    FeatureDescription,
+    TokenContext,
+    write_densities,
+    write_features,
+    write_settings,
+)
+from dsg.results import write_results, write_run_facts
+from dsg.run_directory import run_directory
+from lightning_modules.loading import short_name
+
+SIZES = Sizes()
+# Selection reads this many texts of each kind where the model may be a thousand times larger.
+PRETRAINED_TEXTS = 300
+_RUN_OPTIONS = ("--overwrite", "--resume")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demonstration on `options.forget` and `options.retain` and print its table."""
+    calm_libraries()
+    arguments = [argument for argument in sys.argv[1:] if argument not in _RUN_OPTIONS]
+    with run_directory(
+        options.run_dir, overwrite=options.overwrite, resume=options.resume
+    ) as run_dir:
+        try:
+            _run(run_dir, options, Console())
+        except KeyboardInterrupt as interrupt:
+            command = shlex.join(["dsg", *arguments, "--resume"])
+            interrupt.args = (f"continue with: {command}",)
+            raise
+    return 0
+
+
+def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:
+    files = TextFiles(options.forget, options.retain)
+    read_uses(files.forget, files.retain)  # bad input ends the run here
+    facts: dict[str, Any] = {
+        "files": {"forget": file_facts(files.forget), "retain": file_facts(files.retain)},
+        "config": {
+            "seeds": options.seeds,
+            "epochs": options.epochs,
+            "model": options.model and short_name(options.model),
+            "sae": options.sae and short_name(options.sae),
+        },
+    }
+    stages = Stages(run_dir, console)
+    known = stages.run("inputs", "files read", lambda _: facts)
+    if known != facts:
+        raise UserError(
+            "--resume needs the files and options of the interrupted run, got others; repeat its "
+            "command, or name another --run_dir."
+        )
+    tracking = Tracking(run_dir, facts)
+    outcomes = {}
+    for seed in options.seeds:
+        cell = _cell(options, files, seed, tracking, console)
+        first = seed == options.seeds[0]
+        outcomes[seed] = _one_seed(stages, cell, options, run_dir if first else None)
+    tracking.finish()
+    write_results(run_dir, stages.rows)
+    write_run_facts(run_dir, {**facts, "seeds": outcomes})
+    report = build_report(run_dir)
+    console.print(results_table(run_dir))
+    for seed, outcome in outcomes.items():
+        rouge = outcome["continuation"]
+        if not rouge["measurable"]:
+            console.print(
+                f"seed {seed}: verbatim continuation is not measurable: ROUGE-L "
+                f"{rouge['memorised']:.3f} of memorised passages is not twice that of unseen ones, "
+                f"{rouge['unseen']:.3f}.",
+                highlight=False,
+            )
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def _cell(
+    options: argparse.Namespace, files: TextFiles, seed: int, tracking: Tracking, console: Console
+) -> TextCell:
+    """The model and SAE of a seed: the user's, or new ones of the user's text."""
+    if options.model is not None:
+        found = open_pretrained(options.model, options.sae)
+        return TextCell(
+            files,
+            seed,
+            options.model,
+            short_name(options.model),
+            found.sae,
+            found.sae_id,
+            found.hook_point,
+            tracking,
+            trained=False,
+            max_texts=PRETRAINED_TEXTS,
+        )
+    console.print(
+        f"[bold]seed {seed}: tokenizer, model and SAE[/bold] (cached after the first run)"
+    )
+    folder = ensure_text_model(files, seed, SIZES)
+    return TextCell(
+        files,
+        seed,
+        str(folder / MODEL_FOLDER),
+        "small",
+        str(folder / SAE_FOLDER),
+        None,
+        HOOK_POINT,
+        tracking,
+        rounds=tuple(read_training(folder)),
+    )
+
+
+def _one_seed(
+    stages: Stages, cell: TextCell, options: argparse.Namespace, report_dir: Path | None
+) -> dict[str, Any]:
+    """All stages of a seed; returns facts that are no result rows."""
+    place, title = f"seed_{cell.seed}", f"seed {cell.seed}:"
+    parts: tuple[Part, ...] = ("memorised", "unseen") if cell.trained else ("unseen",)
+    tuned = stages.run(
+        f"{place}/guards", f"{title} guards chosen", functools.partial(tune_guards, cell, parts)
+    )
+    guards = stages.folder(f"{place}/guards")
+    densities: dict[str, list[float]] = {}
+    threshold = 0.0
+    for part in parts:
+        for method in ("base", "dsg", "static_clamp"):
+            found = stages.run(
+                f"{place}/{part}/{method}",
+                f"{title} {method} on {part} passages",
+                functools.partial(evaluate, cell, method, part, guards),
+            )
+            if method == "dsg":
+                threshold = found["threshold"]
+                densities |= {f"{name}, {part}": of for name, of in found["domains"].items()}
+        stages.run(
+            f"{place}/{part}/random",
+            f"{title} random features on {part} passages",
+            functools.partial(evaluate_random, cell, part, guards),
+        )
+    continuation = stages.run(
+        f"{place}/continuation",
+        f"{title} verbatim continuation",
+        functools.partial(continue_passages, cell, ("dsg", "static_clamp"), guards),
+    )
+    # There is nothing to relearn where nobody knows what the model has memorised.
+    for attack in ("full", "lora") if cell.trained else ():
+        for mode in ("test_time", "train_time"):
+            stages.run(
+                f"{place}/relearn_{attack}/{mode}",
+                f"{title} relearning ({attack}), guard {mode.replace('_', ' ')}",
+                functools.partial(relearn, cell, attack, mode, guards, options.epochs),
+            )
+    if report_dir is not None:
+        write_densities(report_dir, {"dsg": Densities(threshold, densities)})
+        write_features(report_dir, [_feature(found) for found in tuned["features"]])
+        write_settings(report_dir, [ChosenSettings(**found) for found in tuned["chosen"]])
+    return {"continuation": continuation, "rouge_l_by_round": list(cell.rounds)}
+
+
+def _feature(found: dict[str, Any]) -> FeatureDescription:
+    contexts = [TokenContext(**context) for context in found["contexts"]]
+    return FeatureDescription(**{**found, "contexts": contexts})
