@@ -17,8 +17,10 @@ class GlobalBatches(Sampler[list[int]]):
         batches: Sample indices of each batch.
         rank: This process, in `[0, world_size)`.
         world_size: Number of processes.
-        equal_steps: Leave out the last `len(batches) % world_size` batches, for training with
-            gradients, where each rank must take equally many steps.
+        equal_steps: For training, where each rank must take equally many steps: leave out the last
+            `len(batches) % world_size` batches.
+        keep_rest: With `equal_steps`, leave out none of them, but give an empty batch to the ranks
+            that have none in the last round; for sums, in which every batch counts.
 
     Raises:
         UserError: `rank` or `world_size` is out of range.
@@ -30,14 +32,19 @@ class GlobalBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         equal_steps: bool = False,
+        keep_rest: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise UserError(
                 f"`rank` must lie in [0, world_size), got rank {rank} of {world_size}; take both "
                 "from the trainer (global_rank, world_size)."
             )
-        count = len(batches) - (len(batches) % world_size if equal_steps else 0)
-        self.batches = [list(batch) for batch in batches[:count][rank::world_size]]
+        rest = len(batches) % world_size if equal_steps else 0
+        if rest and keep_rest:
+            batches = [*batches, *([[]] * (world_size - rest))]
+        elif rest:
+            batches = batches[:-rest]
+        self.batches = [list(batch) for batch in batches[rank::world_size]]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)

@@ -82,10 +82,10 @@ class RequestData(GuardData, EvaluationData, Protocol):
     """A curriculum of forget requests; `forget_texts` is not used.
 
     `train_dataloader()` yields the `UnlearningBatch`es of request number `trainer.current_epoch`
-    (from 0), at least one per rank, and is asked again every epoch
-    (`Trainer(reload_dataloaders_every_n_epochs=1)`). Where the module only sums up
-    (`trainer.lightning_module.automatic_optimization` is false) no batch may be left out; where it
-    trains, every rank must get equally many.
+    (from 0) and is asked again every epoch (`Trainer(reload_dataloaders_every_n_epochs=1)`). All
+    ranks need equally many steps. Where the module trains, a batch that does not go round is left
+    out. Where it only sums up (`trainer.lightning_module.automatic_optimization` is false) none may
+    be left out, and a rank without a batch in the last round yields None.
     """
 
     request_domains: Sequence[str]

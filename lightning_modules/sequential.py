@@ -116,7 +116,9 @@ class SequentialModule(lightning.LightningModule):
         )
         return None
 
-    def on_train_batch_end(self, outputs: Any, batch: UnlearningBatch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, outputs: Any, batch: UnlearningBatch | None, batch_idx: int
+    ) -> None:
         """Append the request's guard after the last batch.
 
         Not in `on_train_epoch_end`, which comes after the validation that is to measure the guard.

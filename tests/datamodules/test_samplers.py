@@ -27,6 +27,14 @@ def test_equal_steps_leave_out_the_incomplete_round():
     assert dealt == [[[0], [2]], [[1], [3]]]
 
 
+def test_equal_steps_can_keep_the_rest_with_empty_batches():
+    dealt = [
+        list(GlobalBatches([[0], [1], [2], [3]], rank, 3, equal_steps=True, keep_rest=True))
+        for rank in range(3)
+    ]
+    assert dealt == [[[0], [3]], [[1], []], [[2], []]]
+
+
 def test_rank_out_of_range():
     with pytest.raises(UserError, match=r"`rank` must lie in .* got rank 2 of 2"):
         GlobalBatches([], rank=2, world_size=2)

@@ -112,7 +112,14 @@ class ToyData(lightning.LightningDataModule):
                 {"id": index, "forget": f, "retain": r}
                 for index, (f, r) in enumerate(zip(forget, retain, strict=True))
             ]
-        return self._loader(items, [[index] for index in range(len(items))], lambda b: b[0])
+        trains = self.trainer is None or self.trainer.lightning_module.automatic_optimization
+        return self._loader(
+            items,
+            [[index] for index in range(len(items))],
+            lambda batch: batch[0] if batch else None,
+            equal_steps=True,
+            keep_rest=not trains,
+        )
 
     def val_dataloader(self) -> list[DataLoader]:
         return self._evaluation("validation")
@@ -131,10 +138,12 @@ class ToyData(lightning.LightningDataModule):
             )
         ]
 
-    def _loader(self, items: Any, batches: list[list[int]], collate: Any) -> DataLoader:
+    def _loader(
+        self, items: Any, batches: list[list[int]], collate: Any, **options: bool
+    ) -> DataLoader:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        sampler = GlobalBatches(batches, rank, world_size)
+        sampler = GlobalBatches(batches, rank, world_size, **options)
         return DataLoader(items, batch_sampler=sampler, collate_fn=collate)
 
     def _batches(self, found: list[str]) -> list[TokenBatch]:
