@@ -1,6 +1,7 @@
 """The stages of the demonstration on the user's own text."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from datamodules.loading import passage_loader
 from dsg.cli.text_model import TextFiles
 from dsg.cli.trainers import Tracking, make_trainer
 from dsg.cli.tuning import combinations
+from dsg.errors import UserError
 from dsg.evaluation import score_all
 from dsg.guard import Guard
 from dsg.metrics import auroc, mean_interval
@@ -34,6 +36,8 @@ NUM_RANDOM_DRAWS = 3
 ATTACK_LR = {"full": 5e-4, "lora": 3e-3}
 
 Part = Literal["memorised", "unseen"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,13 @@ def tune_guards(cell: TextCell, parts: Sequence[Part], folder: Path) -> dict[str
     chosen, validation = max(tries, key=lambda one: one[1]["density_auroc"])
     dsg = replace(cell.guard, **chosen)
     settings = {"dsg": dsg, "static_clamp": replace(dsg, method="static_clamp")}
-    for draw in range(NUM_RANDOM_DRAWS):
-        settings[f"random_{draw}"] = replace(dsg, method="random", draw=draw)
     guards = {name: make(one) for name, one in settings.items()}
+    for draw in range(NUM_RANDOM_DRAWS):
+        try:
+            guards[f"random_{draw}"] = make(replace(dsg, method="random", draw=draw))
+        except UserError as error:  # a control that cannot be had must not cost the run
+            _log.warning("There is no control: %s", error)
+            break
     for name, guard in guards.items():
         guard.save(folder / name)
     selected = guards["dsg"].facts["selection"]
@@ -176,12 +184,14 @@ def evaluate(cell: TextCell, method: str, part: Part, guards: Path, folder: Path
 
 
 def evaluate_random(cell: TextCell, part: Part, guards: Path, folder: Path) -> None:
-    """Evaluate all draws of random features; the rows hold their mean and its interval."""
+    """Evaluate all draws of random features; the rows hold their mean and its interval.
+
+    Where the SAE has too few features for the control there is no row.
+    """
     by_measurement: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for draw in range(NUM_RANDOM_DRAWS):
-        draw_folder = folder / f"draw_{draw}"
-        evaluate(cell, f"random_{draw}", part, guards, draw_folder)
-        for found in read_results(draw_folder):
+    for draw in sorted(guards.glob("random_*")):
+        evaluate(cell, draw.name, part, guards, folder / draw.name)
+        for found in read_results(folder / draw.name):
             same = {k: v for k, v in found.items() if k not in ("method", "value", "low", "high")}
             by_measurement.setdefault(tuple(same.items()), []).append(found)
     rows = []

@@ -66,7 +66,7 @@ class TestReadPassages:
     def test_never_joins_files(self, tmp_path):
         for name in "ab":
             (tmp_path / f"{name}.txt").write_text(words(0, MIN_WORDS // 2 - 1))
-        with pytest.raises(UserError, match="at least 40 different passages.*got 0 in 2 file"):
+        with pytest.raises(UserError, match=r"at least 40 different passages.*got 0 in 2 file"):
             read_uses([tmp_path / "a.txt", tmp_path / "b.txt"], [tmp_path / "a.txt"])
 
     def test_missing_file(self, tmp_path):
