@@ -46,7 +46,6 @@ class EvaluationModule(lightning.LightningModule):
         self.experiment = experiment
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.measurer = Measurer()
         self.model: PreTrainedModel | None = None
         self.base_model: PreTrainedModel | None = None
@@ -71,14 +70,14 @@ class EvaluationModule(lightning.LightningModule):
         self._start("test")
 
     def validation_step(
-        self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx
         self._step(batch)
 
     def test_step(
-        self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx
@@ -97,7 +96,7 @@ class EvaluationModule(lightning.LightningModule):
         self.measurer.baseline = None
         self.measurer.start(data, split, self.guard, self.base_model)
 
-    def _step(self, batch: ClozeBatch | PassageBatch) -> None:
+    def _step(self, batch: ClozeBatch | PassageBatch | None) -> None:
         assert self.model is not None
         self.measurer.update(self.model, batch, self.guard)
 

@@ -101,9 +101,11 @@ class Measurer:
             )
 
     def update(
-        self, model: nn.Module, batch: ClozeBatch | PassageBatch, guard: AnyGuard | None
+        self, model: nn.Module, batch: ClozeBatch | PassageBatch | None, guard: AnyGuard | None
     ) -> None:
         """Score a batch: once without a guard, else with the guard off and on."""
+        if batch is None:
+            return
         columns = columns_of(batch)
         if self._base_model is not None and isinstance(batch, ClozeBatch):
             self._metrics["base", columns].update(batch.ids, score(self._base_model, batch))

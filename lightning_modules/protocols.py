@@ -4,7 +4,8 @@ The two packages never import each other: these protocols are their whole contra
 implements those that its runs need; a missing attribute is reported when the run starts.
 
 All loaders use batches that were formed globally and are dealt whole to the ranks; they run with
-`Trainer(use_distributed_sampler=False)`.
+`Trainer(use_distributed_sampler=False)`. Lightning needs the same number of steps on all ranks: in
+evaluation a rank without a batch in the last round yields None.
 """
 
 from collections.abc import Sequence

@@ -97,7 +97,6 @@ class RelearningModule(lightning.LightningModule):
         self.model_label = model_label or short_name(model_name)
         # A checkpoint holds only what the attack changed.
         self.strict_loading = False
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.measurer = Measurer()
         self.model: torch.nn.Module | None = None
         self.base_model: PreTrainedModel | None = None
@@ -140,7 +139,7 @@ class RelearningModule(lightning.LightningModule):
         self.measurer.start(data, data.val_split, self.guard, base_model)
 
     def validation_step(
-        self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx

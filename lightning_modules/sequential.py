@@ -77,7 +77,6 @@ class SequentialModule(lightning.LightningModule):
         # Guards are appended, not optimized.
         self.automatic_optimization = guard is None
         self.strict_loading = False
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.measurer = Measurer()
         self.model: PreTrainedModel | None = None
         self.objective: RMU | None = None
@@ -136,7 +135,7 @@ class SequentialModule(lightning.LightningModule):
         self.measurer.start(data, data.val_split, self._stack())
 
     def validation_step(
-        self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx

@@ -84,7 +84,6 @@ class UnlearningModule(lightning.LightningModule):
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
         self.strict_loading = False
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.measurer = Measurer()
         self.model: PreTrainedModel | None = None
         self.objective: RMU | None = None
@@ -113,7 +112,7 @@ class UnlearningModule(lightning.LightningModule):
         self.measurer.start(data, data.val_split, None)
 
     def validation_step(
-        self, batch: ClozeBatch | PassageBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx

@@ -113,13 +113,8 @@ class ToyData(lightning.LightningDataModule):
                 for index, (f, r) in enumerate(zip(forget, retain, strict=True))
             ]
         trains = self.trainer is None or self.trainer.lightning_module.automatic_optimization
-        return self._loader(
-            items,
-            [[index] for index in range(len(items))],
-            lambda batch: batch[0] if batch else None,
-            equal_steps=True,
-            keep_rest=not trains,
-        )
+        batches = [[index] for index in range(len(items))]
+        return self._loader(items, batches, lambda batch: batch[0], keep_rest=not trains)
 
     def val_dataloader(self) -> list[DataLoader]:
         return self._evaluation("validation")
@@ -139,12 +134,16 @@ class ToyData(lightning.LightningDataModule):
         ]
 
     def _loader(
-        self, items: Any, batches: list[list[int]], collate: Any, **options: bool
+        self, items: Any, batches: list[list[int]], collate: Any, keep_rest: bool = True
     ) -> DataLoader:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        sampler = GlobalBatches(batches, rank, world_size, **options)
-        return DataLoader(items, batch_sampler=sampler, collate_fn=collate)
+        sampler = GlobalBatches(batches, rank, world_size, equal_steps=True, keep_rest=keep_rest)
+        return DataLoader(
+            items,
+            batch_sampler=sampler,
+            collate_fn=lambda batch: collate(batch) if batch else None,
+        )
 
     def _batches(self, found: list[str]) -> list[TokenBatch]:
         rows = self.tokenizer(found)["input_ids"]
