@@ -17,6 +17,7 @@ from dsg.cli.tuning import (
     NUM_RANDOM_DRAWS,
     RMU_EPOCHS,
     RMU_GRID,
+    RMU_TARGET,
     GuardTuner,
     best,
     combinations,
@@ -32,8 +33,9 @@ from lightning_modules import (
     UnlearningModule,
 )
 
-NUM_RMU_TEXTS = 320
+NUM_RMU_TEXTS = 240
 NUM_ATTACK_TEXTS = 60
+NUM_DESCRIBED = 8
 ATTACK_LR = {"full": 5e-4, "lora": 3e-3}
 
 
@@ -114,12 +116,8 @@ def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
     guards["dsg_near"] = tuner.make(replace(dsg, method="dsg_near"))
     for name, guard in guards.items():
         guard.save(folder / name)
-    facts = guards["dsg"].facts
-    selection = Selection(
-        tuple(guards["dsg"].feature_ids[:8]),
-        tuple(facts["forget_scores"][:8]),
-        tuple(facts["ratios"][:8]),
-    )
+    found = guards["dsg"].facts["selection"]
+    selection = Selection(**{name: values[:NUM_DESCRIBED] for name, values in found.items()})
     features = describe_features(
         model, data.tokenizer, sae, selection, data.forget_texts()[:200], hook_point=HOOK_POINT
     )
@@ -268,7 +266,9 @@ def _unlearn(
 
 
 def _rmu_settings(settings: dict[str, Any]) -> RMUSettings:
-    return RMUSettings(HOOK_POINT, steering=settings["steering"], lr=settings["lr"])
+    return RMUSettings(
+        HOOK_POINT, steering=settings["steering"], lr=settings["lr"], target=RMU_TARGET
+    )
 
 
 def _validation(rows: list[dict[str, Any]]) -> dict[str, float]:
