@@ -23,6 +23,10 @@ def calm_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=message)
+    import transformers
+
+    # Bars for reading a folder; downloads keep theirs.
+    transformers.utils.logging.disable_progress_bar()
     if is_rank_zero():
         import wandb
 

@@ -9,11 +9,12 @@ import functools
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from dsg.cli.benchmark import ensure_benchmark
+from dsg.cli.interrupts import interrupts_raised
 from dsg.cli.quiet import calm_libraries
 from dsg.cli.stages import Stages
 from dsg.cli.trainers import Tracking
@@ -34,7 +35,12 @@ from dsg.results import write_results, write_run_facts
 from dsg.run_directory import run_directory
 
 METHODS = ("base", "dsg", "dsg_near", "static_clamp", "farrell", "rmu")
-ATTACKS = ("full", "lora")
+ATTACKS: tuple[Literal["full", "lora"], ...] = ("full", "lora")
+ATTACKED: tuple[tuple[str, Literal["none", "test_time", "train_time"]], ...] = (
+    ("dsg", "test_time"),
+    ("dsg", "train_time"),
+    ("rmu", "none"),
+)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
         options.run_dir, overwrite=options.overwrite, resume=options.resume
     ) as run_dir:
         try:
-            _run(run_dir, options, console)
+            with interrupts_raised():
+                _run(run_dir.resolve(), options, console)
         except KeyboardInterrupt as interrupt:
             command = shlex.join(["dsg", *arguments, "--resume"])
             interrupt.args = (f"continue with: {command}",)
@@ -114,7 +121,7 @@ def _forget_one_domain(
         _random_control(stages, context, guards, place, title)
     if "relearn" in options.parts:
         for attack in ATTACKS:
-            for method, mode in (("dsg", "test_time"), ("dsg", "train_time"), ("rmu", "none")):
+            for method, mode in ATTACKED:
                 name = f"{method}_{mode}" if method == "dsg" else method
                 stages.run(
                     f"{place}/relearn_{attack}/{name}",
@@ -123,6 +130,7 @@ def _forget_one_domain(
                         relearn, context, attack, method, mode, guards, rmu_model, options.epochs
                     ),
                 )
+        _attacked_base(stages)
     if report_dir is not None:
         write_features(report_dir, [_feature(found) for found in tuned["features"]])
     return [ChosenSettings(**found) for found in [*tuned["chosen"], rmu["chosen"]]]
@@ -146,6 +154,16 @@ def _random_control(stages: Stages, context: Context, guards: Path, place: str, 
         estimate = mean_interval([row["value"] for row in rows])
         mean = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
         stages.rows.append({**rows[0], "method": "random", **mean})
+
+
+def _attacked_base(stages: Stages) -> None:
+    """The test-time attack never sees the guard: with the guard off it is the base model's."""
+    base = {"method": "base", "mode": None, "guard": "none"}
+    stages.rows += [
+        {**row, **base}
+        for row in stages.rows
+        if row["attack"] and row["mode"] == "test_time" and row["guard"] == "off"
+    ]
 
 
 def _sequential(stages: Stages, context: Context, settings: dict[str, dict[str, Any]]) -> None:
