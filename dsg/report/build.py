@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsg.report import charts, markup
-from dsg.report.charts import Series
+from dsg.report.charts import CurveMetric, Series
 from dsg.report.headline import ATTACKS, findings
 from dsg.report.markup import Html
 from dsg.report.measurements import (
@@ -14,9 +14,10 @@ from dsg.report.measurements import (
     interval_note,
     method_name,
 )
+from dsg.report.passages import passage_findings
 from dsg.report.provenance import LIMITS, facts_tables, features_table, settings_table
 from dsg.report.sidefiles import read_densities
-from dsg.report.tables import main_tables, share
+from dsg.report.tables import main_tables, table_cell
 from dsg.results import read_results, write_atomically
 
 REPORT_FILE = "report.html"
@@ -78,7 +79,7 @@ def save_overview_png(run_dir: str | Path, path: str | Path) -> Path:
 
 
 def _headline(measurements: Measurements) -> Html:
-    found = findings(measurements)
+    found = findings(measurements) or passage_findings(measurements)
     parts = []
     titles = {
         "for": "Speaks for the guard",
@@ -128,16 +129,24 @@ def _scatter(measurements: Measurements) -> Html:
 
 
 def _relearning(measurements: Measurements) -> Html:
+    attacks = measurements.excluding(attack=None)
+    metric: CurveMetric = "accuracy" if attacks.where(metric="accuracy").rows else "perplexity"
+
     def figure(attack: str, name: str) -> Html | None:
-        attacked = measurements.where(attack=attack, metric="accuracy")
+        attacked = attacks.where(attack=attack, metric=metric)
         caption = f"After {name} on forget text mixed with retain text."
-        return _curves(attacked, "epoch", attack, "epoch of the attack", caption)
+        return _curves(attacked, "epoch", attack, "epoch of the attack", caption, metric)
 
     figures = filter(None, (figure(attack, name) for attack, name in ATTACKS.items()))
+    told = {
+        "accuracy": ("facts", "Dotted line: chance."),
+        "perplexity": ("passages", "The lower the perplexity, the better a text is known."),
+    }
+    what, reading = told[metric]
     intro = (
-        "An attacker fine-tunes the model on part of the forget facts. Test-time: the guard is put "
-        "on afterwards. Train-time: it is on during the attack too. Guard removed: the attacker "
-        "holds the weights and takes it off. Dotted line: chance."
+        f"An attacker fine-tunes the model on part of the forget {what}. Test-time: the guard is "
+        "put on afterwards. Train-time: it is on during the attack too. Guard removed: the "
+        f"attacker holds the weights and takes it off. {reading}"
     )
     return _with_intro(intro, list(figures))
 
@@ -178,7 +187,12 @@ def _trade_off(group: Measurements) -> dict[str, tuple[Cell, Cell]]:
 
 
 def _curves(
-    rows: Measurements, key: str, identifier: str, x_label: str, caption: str
+    rows: Measurements,
+    key: str,
+    identifier: str,
+    x_label: str,
+    caption: str,
+    metric: CurveMetric,
 ) -> Html | None:
     panels = {
         domain_name(domain): lines
@@ -187,9 +201,10 @@ def _curves(
     }
     if not panels:
         return None
-    described = " ".join(f"{title}. {_described(lines)}" for title, lines in panels.items())
-    svg = charts.to_svg(charts.curves(panels, x_label), identifier, f"{caption} {described}")
-    return markup.join([markup.chart(svg, caption), _last_points(panels, x_label)])
+    described = " ".join(f"{title}. {_described(lines, metric)}" for title, lines in panels.items())
+    figure = charts.curves(panels, x_label, metric)
+    svg = charts.to_svg(figure, identifier, f"{caption} {described}")
+    return markup.join([markup.chart(svg, caption), _last_points(panels, x_label, metric)])
 
 
 def _series(rows: Measurements, key: str) -> list[Series]:
@@ -222,7 +237,9 @@ def _points(rows: Measurements, key: str) -> dict[float, Cell]:
     return {x: cell for x, cell in cells if cell}
 
 
-def _last_points(panels: Mapping[str, list[Series]], x_label: str) -> Html:
+def _last_points(
+    panels: Mapping[str, list[Series]], x_label: str, metric: CurveMetric = "accuracy"
+) -> Html:
     """The right ends of all lines as a table, folded away."""
     names = list(dict.fromkeys(series.name for lines in panels.values() for series in lines))
     ends = {
@@ -230,9 +247,11 @@ def _last_points(panels: Mapping[str, list[Series]], x_label: str) -> Html:
         for title, lines in panels.items()
         for series in lines
     }
-    rows = ([name, *(share(ends.get((title, name))) for title in panels)] for name in names)
+    rows = (
+        [name, *(table_cell(ends.get((title, name)), metric) for title in panels)] for name in names
+    )
     num_seeds = max(cell.num_seeds for cell in ends.values())
-    caption = f"Accuracy at the last {x_label}. {interval_note(num_seeds)}"
+    caption = f"{metric.capitalize()} at the last {x_label}. {interval_note(num_seeds)}"
     return markup.element(
         "details",
         markup.element("summary", "The last points as a table"),
@@ -240,9 +259,10 @@ def _last_points(panels: Mapping[str, list[Series]], x_label: str) -> Html:
     )
 
 
-def _described(lines: list[Series]) -> str:
+def _described(lines: list[Series], metric: CurveMetric = "accuracy") -> str:
+    form = ".1%" if metric == "accuracy" else ".3g"
     ends = (
-        f"{series.name}: {list(series.points.values())[-1].value:.1%} at the end"
+        f"{series.name}: {list(series.points.values())[-1].value:{form}} at the end"
         for series in lines
     )
     return "; ".join(ends) + "."

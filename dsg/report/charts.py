@@ -10,17 +10,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from dsg.metrics import CHANCE
 from dsg.report.markup import Html
 from dsg.report.measurements import Cell, domain_name, method_name
 from dsg.report.sidefiles import Densities
+
+CurveMetric = Literal["accuracy", "perplexity"]
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -111,8 +113,10 @@ def forget_retain_scatter(cells: Mapping[str, tuple[Cell, Cell]]) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def curves(panels: Mapping[str, Sequence[Series]], x_label: str) -> Figure:
-    """Accuracy panels (title -> series), one below the other, with one legend."""
+def curves(
+    panels: Mapping[str, Sequence[Series]], x_label: str, metric: CurveMetric = "accuracy"
+) -> Figure:
+    """Panels of one metric (title -> series), one below the other, with one legend."""
     names = list(dict.fromkeys(series.name for lines in panels.values() for series in lines))
     num_columns = 2 if max(map(len, names)) <= 24 else 1
     legend_rows = -(-len(names) // num_columns)
@@ -120,7 +124,7 @@ def curves(panels: Mapping[str, Sequence[Series]], x_label: str) -> Figure:
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         axes.set_title(title)
-        _draw_curves(axes, lines, names)
+        _draw_curves(axes, lines, names, metric)
     grid[-1].set_xlabel(x_label)
     handles = {
         label: handle
@@ -209,17 +213,20 @@ def _draw_scatter(axes: Axes, cells: Mapping[str, tuple[Cell, Cell]]) -> None:
     axes.set_ylim(top=102)
 
 
-def _draw_curves(axes: Axes, lines: Sequence[Series], names: Sequence[str]) -> None:
+def _draw_curves(
+    axes: Axes, lines: Sequence[Series], names: Sequence[str], metric: CurveMetric = "accuracy"
+) -> None:
+    scale = 100 if metric == "accuracy" else 1
     span = max((x for series in lines for x in series.points), default=0)
     for series in lines:
         index = names.index(series.name)
         color, marker, dashes = _LOOKS[index % len(_LOOKS)]
         cells = list(series.points.values())
-        lower, upper = zip(*(_arms_or_zero(cell) for cell in cells), strict=True)
+        lower, upper = zip(*(_arms_or_zero(cell, scale) for cell in cells), strict=True)
         axes.errorbar(
             # A small shift keeps the bars of neighbouring lines apart.
             [x + 0.007 * span * (index - (len(names) - 1) / 2) for x in series.points],
-            [100 * cell.value for cell in cells],
+            [scale * cell.value for cell in cells],
             yerr=[lower, upper],
             color=color,
             marker=marker,
@@ -228,6 +235,14 @@ def _draw_curves(axes: Axes, lines: Sequence[Series], names: Sequence[str]) -> N
             elinewidth=0.7,
             label=series.name,
         )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if metric == "perplexity":
+        axes.set_ylabel("perplexity, log")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
     axes.axhline(100 * CHANCE, color="black", linestyle=":", linewidth=1)
     axes.set_ylabel("accuracy, %")
     values = [cell.value for series in lines for cell in series.points.values()]
@@ -240,7 +255,6 @@ def _draw_curves(axes: Axes, lines: Sequence[Series], names: Sequence[str]) -> N
     else:
         axes.set_ylim(-3, 105)
         axes.set_yticks([0, 25, 50, 75, 100])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _right_is_free(cells: Mapping[str, tuple[Cell, Cell]]) -> bool:
@@ -257,8 +271,8 @@ def _arms(cell: Cell) -> list[list[float]] | None:
     return [[lower], [upper]]
 
 
-def _arms_or_zero(cell: Cell) -> tuple[float, float]:
+def _arms_or_zero(cell: Cell, scale: int = 100) -> tuple[float, float]:
     """Lengths of the error bar; a value rounded past the end of its interval has none there."""
     low = cell.value if cell.low is None else cell.low
     high = cell.value if cell.high is None else cell.high
-    return max(0.0, 100 * (cell.value - low)), max(0.0, 100 * (high - cell.value))
+    return max(0.0, scale * (cell.value - low)), max(0.0, scale * (high - cell.value))

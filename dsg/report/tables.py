@@ -35,7 +35,10 @@ COLUMNS = (
     Column("Other-hazards accuracy", "accuracy", ("other_hazards",)),
     Column("Retain accuracy", "accuracy", ("retain",)),
     Column("Alignment", "alignment", ("forget", "retain", None), is_share=False),
+    Column("Forget perplexity", "perplexity", ("forget",), is_share=False),
     Column("Retain perplexity", "perplexity", ("retain",), is_share=False),
+    Column("Forget ROUGE-L", "rouge_l", ("forget",), is_share=False),
+    Column("Retain ROUGE-L", "rouge_l", ("retain",), is_share=False),
     Column("Gate true positives (forget)", "trigger_rate", ("forget",)),
     Column("Gate false positives (retain)", "trigger_rate", ("retain",)),
     Column("Gate false positives (near)", "trigger_rate", ("near",)),
@@ -47,11 +50,16 @@ _TERMINAL_COLUMNS = {
     "Near-domain accuracy": "near",
     "Retain accuracy": "retain",
     "Alignment": "align.",
+    "Forget perplexity": "forget ppl",
     "Retain perplexity": "ppl",
+    "Forget ROUGE-L": "forget R-L",
+    "Retain ROUGE-L": "retain R-L",
     "Gate true positives (forget)": "TPR",
     "Gate false positives (retain)": "FPR",
     "Density AUROC": "AUROC",
 }
+# Where there are questions they say more, and a terminal is narrow.
+_WITHOUT_QUESTIONS = ("Forget perplexity", "Forget ROUGE-L", "Retain ROUGE-L")
 
 
 def main_cells(group: Measurements) -> dict[str, list[Cell | None]]:
@@ -70,8 +78,11 @@ def results_table(run_dir: str | Path) -> Table:
 
     Rates are in percent, without intervals; `<` marks accuracy below chance.
     """
-    table = Table(title="Accuracy in %; < is below chance: avoidance, not forgetting")
-    groups = Measurements(read_results(run_dir)).groups()
+    measurements = Measurements(read_results(run_dir))
+    has_questions = bool(measurements.where(metric="accuracy").rows)
+    accuracy = "Accuracy in %; < is below chance: avoidance, not forgetting"
+    table = Table(title=accuracy if has_questions else "Gate rates (TPR, FPR) in %")
+    groups = measurements.groups()
     rows: list[tuple[str, list[Cell | None]]] = []
     for title, group in groups:
         suffix = f" ({title})" if len(groups) > 1 else ""
@@ -79,7 +90,9 @@ def results_table(run_dir: str | Path) -> Table:
     shown = [
         index
         for index, column in enumerate(COLUMNS)
-        if column.title in _TERMINAL_COLUMNS and any(cells[index] for _, cells in rows)
+        if column.title in _TERMINAL_COLUMNS
+        and not (has_questions and column.title in _WITHOUT_QUESTIONS)
+        and any(cells[index] for _, cells in rows)
     ]
     table.add_column("method", overflow="fold")
     for index in shown:
@@ -89,9 +102,9 @@ def results_table(run_dir: str | Path) -> Table:
     return table
 
 
-def share(cell: Cell | None) -> Html:
-    """A share in percent with interval, n and the below-chance flag."""
-    return _full(cell, Column("", "accuracy", ()))
+def table_cell(cell: Cell | None, metric: str) -> Html:
+    """A measurement, accuracy in percent, with interval, n and the below-chance flag."""
+    return _full(cell, Column("", metric, (), is_share=metric == "accuracy"))
 
 
 def percent(share: float) -> str:
@@ -160,7 +173,7 @@ def _every_domain(group: Measurements) -> Html:
                 [
                     domain_name(domain),
                     protocol.replace("_", ", "),
-                    *map(share, cells),
+                    *(table_cell(cell, "accuracy") for cell in cells),
                 ]
             )
     if not rows:
