@@ -34,20 +34,25 @@ def batch_loader(
     trainer: Any,
     collate: Callable[[Any], Any],
     *,
-    equal_steps: bool = False,
+    keep_rest: bool,
 ) -> DataLoader:
-    """Deal whole batches to the ranks of a trainer.
+    """Deal whole batches to the ranks of a trainer, equally many steps to each.
 
     Args:
         dataset: The items.
         batches: Indices of the items of each batch.
         trainer: Supplies rank and number of ranks; None stands for a single process.
         collate: Makes a batch of a list of items.
-        equal_steps: Drop the batches that do not go round, for training.
+        keep_rest: Some ranks get an empty last step, a batch that is None, rather than that the
+            batches which do not go round are left out. For everything but gradient steps.
     """
     rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-    sampler = GlobalBatches(batches, rank, world_size, equal_steps=equal_steps)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+    sampler = GlobalBatches(batches, rank, world_size, equal_steps=True, keep_rest=keep_rest)
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=lambda items: collate(items) if items else None,
+    )
 
 
 def question_loader(
@@ -56,7 +61,7 @@ def question_loader(
     """Each question exactly once, those of similar length together."""
     lengths = [max(map(len, encode_question(tokenizer, q)[1])) for q in questions]
     batches = length_batches(lengths, batch_size)
-    return batch_loader(questions, batches, trainer, cloze_collate(tokenizer))
+    return batch_loader(questions, batches, trainer, cloze_collate(tokenizer), keep_rest=True)
 
 
 def passage_loader(
@@ -69,4 +74,5 @@ def passage_loader(
     """Each passage exactly once, those of similar length together."""
     lengths = [len(ids) for ids in encode_texts(tokenizer, [p.text for p in passages], max_length)]
     batches = length_batches(lengths, batch_size)
-    return batch_loader(passages, batches, trainer, passage_collate(tokenizer, max_length))
+    collate = passage_collate(tokenizer, max_length)
+    return batch_loader(passages, batches, trainer, collate, keep_rest=True)

@@ -208,7 +208,7 @@ class TextFilesData(lightning.LightningDataModule):
             batches,
             self.trainer,
             lambda chunk: pad_sequences(chunk, pad_id, uncounted_ids),
-            equal_steps=True,
+            keep_rest=False,
         )
 
     def val_dataloader(self) -> DataLoader:

@@ -110,7 +110,7 @@ class TinyWorldData(lightning.LightningDataModule):
         if self.task == "evaluate":
             raise UserError("`task` must be 'unlearn' or 'relearn' for fit, got 'evaluate'.")
         if self.task == "unlearn":
-            return unlearning_loader(self, self.forget_texts(), self.retain_texts(), passes=1)
+            return unlearning_loader(self, self.forget_texts(), self.retain_texts())
         forget, retain = self.texts.attack_texts(self.num_train_texts)
         rows = encode_texts(self.tokenizer, forget + retain, None)
         rng = random.Random(f"attack order {self.seed}")
@@ -120,7 +120,7 @@ class TinyWorldData(lightning.LightningDataModule):
             chunks(order, self.train_batch_size),
             self.trainer,
             token_collate(self.tokenizer),
-            equal_steps=True,
+            keep_rest=False,
         )
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -218,8 +218,10 @@ class TinyWorldRequests(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Forget and retain batches of the current request."""
+        # Statistics need every batch; gradient steps need equally many on each rank.
+        keep_rest = not self.trainer.lightning_module.automatic_optimization  # type: ignore
         forget, retain = self.forget_texts(), self.retain_texts()
-        return unlearning_loader(self, forget, retain, self.passes)
+        return unlearning_loader(self, forget, retain, passes=self.passes, keep_rest=keep_rest)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Questions and passages of `val_split`."""
@@ -238,7 +240,9 @@ def unlearning_loader(
     data: TinyWorldData | TinyWorldRequests,
     forget: Sequence[str],
     retain: Sequence[str],
-    passes: int,
+    *,
+    passes: int = 1,
+    keep_rest: bool = False,
 ) -> DataLoader:
     """Pairs of a forget and a retain batch, numbered over all ranks and passes."""
     count, size = data.num_train_texts, data.train_batch_size
@@ -259,7 +263,7 @@ def unlearning_loader(
 
     one_each = [[index] for index in range(len(batches))]
     numbered = list(enumerate(batches))
-    return batch_loader(numbered, one_each, data.trainer, pair_collate, equal_steps=True)
+    return batch_loader(numbered, one_each, data.trainer, pair_collate, keep_rest=keep_rest)
 
 
 def token_collate(tokenizer: Any) -> Any:
