@@ -12,7 +12,10 @@ _MESSAGES = (
     r".*Experiment logs directory .* exists and is not empty",
     r".*Checkpoint directory .* exists and is not empty",
     r".*smaller than the logging interval",
-    # Lightning's own use of torch.
+    # Frozen models are in evaluation mode on purpose, and small ones train without dropout.
+    r".*module\(s\) in eval mode at the start of training",
+    # Lightning's and PEFT's own use of other libraries.
+    r".*is_gradient_checkpointing. is deprecated",
     r".*LeafSpec.* is deprecated",
 )
 
