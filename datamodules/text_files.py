@@ -25,7 +25,7 @@ _SHARES = {
         "heldout": 0.15,
     },
 }
-_ENOUGH = {"memorised": 150, "unseen": 150, "attack": 150, "calibration": 300, "heldout": 300}
+_ENOUGH = {"memorised": 120, "unseen": 150, "attack": 150, "calibration": 300, "heldout": 300}
 MIN_PASSAGES = {"forget": 40, "retain": 80}
 
 
@@ -39,7 +39,7 @@ class Uses:
         attack: Mixed into an attacker's text (retain only); trained on once.
         calibration: Set the threshold (retain only); never trained on.
         heldout: Measure the false-positive rate (retain only); never trained on.
-        running: All others: trained on once, and features are selected with them.
+        running: All others: trained on once at most; features are selected with them.
     """
 
     memorised: list[str]
