@@ -47,7 +47,7 @@ def batch_loader(
             batches which do not go round are left out. For everything but gradient steps.
     """
     rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-    sampler = GlobalBatches(batches, rank, world_size, equal_steps=True, keep_rest=keep_rest)
+    sampler = GlobalBatches(batches, rank, world_size, keep_rest=keep_rest)
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=sampler,

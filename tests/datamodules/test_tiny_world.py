@@ -22,7 +22,12 @@ def world() -> World:
     return World(3)
 
 
-def value_of(world: World, fact) -> str:
+def stated_in(frame: str, fact) -> str:
+    attribute = DOMAINS[fact.domain].attributes[fact.attribute]
+    return f"{frame.format(e=fact.entity, **attribute._asdict())} {value_of(fact)} ."
+
+
+def value_of(fact) -> str:
     return DOMAINS[fact.domain].attributes[fact.attribute].values[fact.value]
 
 
@@ -57,20 +62,9 @@ def test_training_text_never_uses_a_held_out_frame(world: World) -> None:
     documents = list(world.training_documents(6000))
     text = "\n".join(documents)
     for fact in world.facts:
-        attribute = DOMAINS[fact.domain].attributes[fact.attribute]
-        value = value_of(world, fact)
-        for frames, held in ((STATEMENTS, fact.held_statement), (QUESTIONS, fact.held_question)):
-            frame = frames[held].format(e=fact.entity, **attribute._asdict())
-            assert f"{frame} {value} ." not in text
-    stated = sum(
-        any(
-            f"{frame.format(e=fact.entity, **DOMAINS[fact.domain].attributes[fact.attribute]._asdict())}"
-            f" {value_of(world, fact)} ." in text
-            for frame in STATEMENTS
-        )
-        for fact in world.facts
-    )
-    assert stated == len(world.facts)
+        assert stated_in(STATEMENTS[fact.held_statement], fact) not in text
+        assert stated_in(QUESTIONS[fact.held_question], fact) not in text
+        assert any(stated_in(frame, fact) in text for frame in STATEMENTS)
 
 
 def test_prompts_ask_in_held_out_frames_with_one_right_option(world: World) -> None:
@@ -83,7 +77,7 @@ def test_prompts_ask_in_held_out_frames_with_one_right_option(world: World) -> N
         held = fact.held_statement if prompt.form == "statement" else fact.held_question
         assert prompt.text.endswith(frames[held].format(e=fact.entity, **attribute._asdict()))
         assert len(set(prompt.options)) == NUM_OPTIONS
-        assert prompt.options[prompt.answer] == " " + value_of(world, fact)
+        assert prompt.options[prompt.answer] == " " + value_of(fact)
     answers = Counter(prompt.answer for prompt in world.prompts(list(DOMAINS), "test"))
     assert min(answers.values()) > 0.15 * sum(answers.values())
 

@@ -88,5 +88,5 @@ def test_an_unwritable_cache_is_explained(tmp_path: Path, monkeypatch: pytest.Mo
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("DSG_CACHE", str(blocked))
-    with pytest.raises(UserError, match="cannot be written .* set DSG_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written .* set DSG_CACHE"):
         cached_folder("thing", Builder())

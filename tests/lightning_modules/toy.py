@@ -138,7 +138,7 @@ class ToyData(lightning.LightningDataModule):
     ) -> DataLoader:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        sampler = GlobalBatches(batches, rank, world_size, equal_steps=True, keep_rest=keep_rest)
+        sampler = GlobalBatches(batches, rank, world_size, keep_rest=keep_rest)
         return DataLoader(
             items,
             batch_sampler=sampler,
