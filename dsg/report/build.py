@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsg.report import charts, markup
+from dsg.report.cells import write_cells
 from dsg.report.charts import CurveMetric, Series
 from dsg.report.headline import ATTACKS, findings
 from dsg.report.markup import Html
@@ -27,7 +28,9 @@ _PANELS = ("forget", "forget_shown", "forget_unshown", "retain")
 
 
 def build_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into a run folder; sections without data say so in one line.
+    """Write `report.html` and `cells.csv` into a run folder.
+
+    Sections without data say so in one line.
 
     Args:
         run_dir: Folder with `results.jsonl` and, if there, `run.json` and the files of
@@ -40,6 +43,7 @@ def build_report(run_dir: str | Path) -> Path:
         UserError: `results.jsonl` is missing, or a file is malformed.
     """
     measurements = Measurements(read_results(run_dir))
+    write_cells(run_dir)
     sections = (
         ("headline", "What the numbers say", _headline(measurements)),
         ("methods", "Methods side by side", main_tables(measurements)),

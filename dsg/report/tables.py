@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from dsg.metrics import CHANCE, alignment
@@ -81,24 +83,27 @@ def results_table(run_dir: str | Path) -> Table:
     measurements = Measurements(read_results(run_dir))
     has_questions = bool(measurements.where(metric="accuracy").rows)
     accuracy = "Accuracy in %; < is below chance: avoidance, not forgetting"
-    table = Table(title=accuracy if has_questions else "Gate rates (TPR, FPR) in %")
-    groups = measurements.groups()
-    rows: list[tuple[str, list[Cell | None]]] = []
-    for title, group in groups:
-        suffix = f" ({title})" if len(groups) > 1 else ""
-        rows += [(method_name(name) + suffix, cells) for name, cells in main_cells(group).items()]
+    title = accuracy if has_questions else "Gate rates (TPR, FPR) in %"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    found = ((title, main_cells(group)) for title, group in measurements.groups())
+    groups = [(title, cells) for title, cells in found if cells]
     shown = [
         index
         for index, column in enumerate(COLUMNS)
         if column.title in _TERMINAL_COLUMNS
         and not (has_questions and column.title in _WITHOUT_QUESTIONS)
-        and any(cells[index] for _, cells in rows)
+        and any(cells[index] for _, methods in groups for cells in methods.values())
     ]
     table.add_column("method", overflow="fold")
     for index in shown:
         table.add_column(_TERMINAL_COLUMNS[COLUMNS[index].title], justify="right", no_wrap=True)
-    for name, cells in rows:
-        table.add_row(name, *(_short(cells[index], COLUMNS[index]) for index in shown))
+    for title, methods in groups:
+        if len(groups) > 1:
+            table.add_section()
+            table.add_row(f"[bold]{escape(title)}[/bold]")
+        for name, cells in methods.items():
+            numbers = (_short(cells[index], COLUMNS[index]) for index in shown)
+            table.add_row(method_name(name), *numbers)
     return table
 
 
