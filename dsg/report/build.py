@@ -18,7 +18,7 @@ from dsg.report.measurements import (
 from dsg.report.passages import passage_findings
 from dsg.report.provenance import LIMITS, facts_tables, features_table, settings_table
 from dsg.report.sidefiles import read_densities
-from dsg.report.tables import main_tables, table_cell
+from dsg.report.tables import main_cells, main_tables, table_cell
 from dsg.results import read_results, write_atomically
 
 REPORT_FILE = "report.html"
@@ -176,7 +176,9 @@ def _sequential(measurements: Measurements) -> Html:
 
 
 def _first_group(measurements: Measurements) -> Measurements:
-    return next((group for _, group in measurements.groups()), measurements)
+    """The first group that compares methods; a sequence of requests compares none."""
+    groups = (group for _, group in measurements.groups())
+    return next((group for group in groups if main_cells(group)), measurements)
 
 
 def _trade_off(group: Measurements) -> dict[str, tuple[Cell, Cell]]:

@@ -84,7 +84,7 @@ def results_table(run_dir: str | Path) -> Table:
     has_questions = bool(measurements.where(metric="accuracy").rows)
     accuracy = "Accuracy in %; < is below chance: avoidance, not forgetting"
     title = accuracy if has_questions else "Gate rates (TPR, FPR) in %"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     found = ((title, main_cells(group)) for title, group in measurements.groups())
     groups = [(title, cells) for title, cells in found if cells]
     shown = [

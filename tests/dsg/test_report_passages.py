@@ -91,7 +91,7 @@ def test_terminal_table_names_both_parts(run_dir):
     shown = console.export_text()
     assert "Gate rates (TPR, FPR) in %" in shown
     assert re.search(
-        r"DSG \(small, text/unseen\) +│ +40\.00 +│ +5\.50 +│ +0\.200 +│ +0\.600 +│ +90\.0 +│ +5\.0",
+        r"small, text/unseen(.|\n)*DSG +40\.00 +5\.50 +0\.200 +0\.600 +90\.0 +5\.0",
         shown,
     )
 
