@@ -15,7 +15,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from dsg.metrics import CHANCE
 from dsg.report.markup import Html
@@ -239,9 +239,9 @@ def _draw_curves(
     if metric == "perplexity":
         axes.set_ylabel("perplexity, log")
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set_yticks(_log_ticks(*axes.get_ylim()))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
         return
     axes.axhline(100 * CHANCE, color="black", linestyle=":", linewidth=1)
     axes.set_ylabel("accuracy, %")
@@ -255,6 +255,14 @@ def _draw_curves(
     else:
         axes.set_ylim(-3, 105)
         axes.set_yticks([0, 25, 50, 75, 100])
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers, few enough for a low panel; matplotlib's own overlap below a decade."""
+    steps = (1, 2, 5) if high > 4 * low else (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _right_is_free(cells: Mapping[str, tuple[Cell, Cell]]) -> bool:
