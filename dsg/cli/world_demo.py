@@ -124,7 +124,7 @@ def _forget_one_domain(
             for method, mode in ATTACKED:
                 name = f"{method}_{mode}" if method == "dsg" else method
                 stages.run(
-                    f"{place}/relearn_{attack}/{name}",
+                    f"{place}/relearn_{attack}/{name}/{options.epochs}_epochs",
                     f"{title} relearning ({attack}) against {name.replace('_', ' ')}",
                     functools.partial(
                         relearn, context, attack, method, mode, guards, rmu_model, options.epochs

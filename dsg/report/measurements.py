@@ -104,6 +104,17 @@ class Measurements:
                     groups.append((name, rows.where(experiment=experiment)))
         return groups
 
+    def comparisons(self) -> list[tuple[str, "Measurements"]]:
+        """The groups that compare methods, and their mean if several compare the same ones."""
+        found = [(title, group.static()) for title, group in self.groups()]
+        found = [(title, group) for title, group in found if group.distinct("method")]
+        datasets = {row["dataset"] for _, group in found for row in group.rows}
+        methods = {tuple(group.distinct("method")) for _, group in found}
+        if len(found) == len(datasets) > 1 and len(methods) == 1:
+            rows = [row for _, group in found for row in group.rows]
+            found.append((f"mean of {len(datasets)} data sets", _mean_over_datasets(rows)))
+        return found
+
     def cell(self, **fields: Any) -> Cell | None:
         """The measurement with these keys, over all seeds; None if there is none.
 
@@ -137,6 +148,23 @@ class Measurements:
             if seen.setdefault(identity, row["experiment"]) != row["experiment"]:
                 return True
         return False
+
+
+def _mean_over_datasets(rows: Iterable[Row]) -> Measurements:
+    """One row per seed where each data set had one: the mean value of all items together."""
+    averaged = ("dataset", "value", "n", "low", "high")
+    alike: dict[tuple, list[Row]] = {}
+    for row in rows:
+        alike.setdefault(tuple((k, v) for k, v in row.items() if k not in averaged), []).append(row)
+    means = []
+    for found in alike.values():
+        counts = [row["n"] for row in found]
+        mean = {
+            "value": sum(row["value"] for row in found) / len(found),
+            "n": None if None in counts else sum(counts),
+        }
+        means.append({**found[0], "dataset": None, "low": None, "high": None, **mean})
+    return Measurements(means)
 
 
 def method_name(method: str) -> str:

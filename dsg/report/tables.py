@@ -85,8 +85,7 @@ def results_table(run_dir: str | Path) -> Table:
     accuracy = "Accuracy in %; < is below chance: avoidance, not forgetting"
     title = accuracy if has_questions else "Gate rates (TPR, FPR) in %"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    found = ((title, main_cells(group)) for title, group in measurements.groups())
-    groups = [(title, cells) for title, cells in found if cells]
+    groups = [(title, main_cells(group)) for title, group in measurements.comparisons()]
     shown = [
         index
         for index, column in enumerate(COLUMNS)
@@ -142,7 +141,7 @@ def _alignment(static: Measurements, rows: Measurements) -> Cell | None:
 
 
 def _tables(measurements: Measurements) -> Iterator[Html]:
-    for title, group in measurements.groups():
+    for title, group in measurements.comparisons():
         cells = main_cells(group)
         shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells.values())]
         if not shown:

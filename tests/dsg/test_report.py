@@ -346,3 +346,20 @@ def test_histograms_count_as_the_gate_does(threshold, values):
     if threshold > 0:
         assert left == pytest.approx(100 * (1 - share))
     assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(100)
+
+
+def test_several_datasets_get_a_mean_row_of_their_own():
+    shared = {"model": "m", "domain": "forget", "metric": "accuracy", "protocol": "cloze"}
+    values = {("a", 0): 0.2, ("b", 0): 0.4, ("a", 1): 0.1, ("b", 1): 0.1}
+    rows = [
+        row(**shared, method=method, dataset=dataset, seed=seed, split="test", value=value, n=10)
+        for (dataset, seed), value in values.items()
+        for method in ("base", "dsg")
+    ]
+    comparisons = Measurements(rows).comparisons()
+    assert [title for title, _ in comparisons] == ["m, a", "m, b", "mean of 2 data sets"]
+    cell = comparisons[-1][1].cell(method="dsg", metric="accuracy", domain="forget")
+    assert cell is not None
+    assert (cell.num_seeds, cell.n) == (2, 20)
+    assert cell.value == pytest.approx(0.2)  # seed 0: 0.3, seed 1: 0.1
+    assert (cell.low, cell.high) == pytest.approx((0.1, 0.3))
