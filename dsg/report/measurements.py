@@ -105,13 +105,14 @@ class Measurements:
         return groups
 
     def comparisons(self) -> list[tuple[str, "Measurements"]]:
-        """The groups that compare methods, and their mean if several compare the same ones."""
+        """The groups that compare methods; several that ask questions also as their mean."""
         found = [(title, group.static()) for title, group in self.groups()]
         found = [(title, group) for title, group in found if group.distinct("method")]
         datasets = {row["dataset"] for _, group in found for row in group.rows}
         methods = {tuple(group.distinct("method")) for _, group in found}
-        if len(found) == len(datasets) > 1 and len(methods) == 1:
-            rows = [row for _, group in found for row in group.rows]
+        rows = [row for _, group in found for row in group.rows]
+        asked = any(row["metric"] == "accuracy" for row in rows)
+        if asked and len(found) == len(datasets) > 1 and len(methods) == 1:
             found.append((f"mean of {len(datasets)} data sets", _mean_over_datasets(rows)))
         return found
 
