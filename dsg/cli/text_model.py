@@ -24,8 +24,8 @@ class Sizes:
     d_ff: int = 384
     context_length: int = 128
     batch_size: int = 8
-    repetitions: int = 45
-    max_running: int = 1000
+    repetitions: int = 40
+    max_running: int = 3000
     max_rounds: int = 3
     d_sae: int = 1024
     sae_passages: int = 2000

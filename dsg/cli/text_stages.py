@@ -31,7 +31,7 @@ from lightning_modules.loading import load_model
 EXPERIMENT = "text_demo"
 MAX_LENGTH = 128
 CLAMP_VALUE = -0.7  # in residual norms, as on the embedded benchmark
-GRID = {"ratio_percentile": [90.0, 95.0, 98.0], "num_features": [10, 20, 40]}
+GRID = {"ratio_percentile": [90.0, 95.0, 98.0], "num_features": [20, 40, 80]}
 NUM_RANDOM_DRAWS = 3
 ATTACK_LR = {"full": 5e-4, "lora": 3e-3}
 
