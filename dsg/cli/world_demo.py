@@ -152,7 +152,10 @@ def _random_control(stages: Stages, context: Context, guards: Path, place: str, 
     stages.rows = others
     for rows in by_measurement.values():
         estimate = mean_interval([row["value"] for row in rows])
-        mean = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+        low, high = estimate.low, estimate.high
+        if rows[0]["metric"] != "perplexity" and low is not None and high is not None:
+            low, high = max(0.0, low), min(1.0, high)  # everything else is a share
+        mean = {"value": estimate.value, "low": low, "high": high}
         stages.rows.append({**rows[0], "method": "random", **mean})
 
 
