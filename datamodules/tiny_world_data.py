@@ -125,18 +125,11 @@ class TinyWorldData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """Questions and passages of `val_split`."""
-        return self._evaluation(self.val_split)
+        return evaluation_loaders(self, self.val_split)
 
     def test_dataloader(self) -> list[DataLoader]:
         """Questions and passages of the test half."""
-        return self._evaluation("test")
-
-    def _evaluation(self, split: Split) -> list[DataLoader]:
-        size, trainer = self.batch_size, self.trainer
-        return [
-            question_loader(self.tokenizer, self.questions(split), size, trainer),
-            passage_loader(self.tokenizer, self.passages(split), size, trainer),
-        ]
+        return evaluation_loaders(self, "test")
 
 
 class TinyWorldRequests(lightning.LightningDataModule):
@@ -225,15 +218,20 @@ class TinyWorldRequests(lightning.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """Questions and passages of `val_split`."""
-        split, size, trainer = self.val_split, self.batch_size, self.trainer
-        return [
-            question_loader(self.tokenizer, self.questions(split), size, trainer),
-            passage_loader(self.tokenizer, self.passages(split), size, trainer),
-        ]
+        return evaluation_loaders(self, self.val_split)
 
     def _request(self) -> int:
         epoch = self.trainer.current_epoch if self.trainer else 0
         return min(epoch, len(self.requests) - 1)
+
+
+def evaluation_loaders(data: TinyWorldData | TinyWorldRequests, split: Split) -> list[DataLoader]:
+    """Each question and each passage of a half of the facts exactly once."""
+    size, trainer = data.batch_size, data.trainer
+    return [
+        question_loader(data.tokenizer, data.questions(split), size, trainer),
+        passage_loader(data.tokenizer, data.passages(split), size, trainer),
+    ]
 
 
 def unlearning_loader(
