@@ -102,7 +102,7 @@ def test_questions_leave_no_room_for_passages_in_the_terminal(run_dir):
     write_results(run_dir, rows)
     titles = [column.header for column in results_table(run_dir).columns]
     assert "forget" in titles
-    assert not {"forget ppl", "forget R-L", "retain R-L"} & set(titles)
+    assert not {"forget\nppl", "forget\nR-L", "retain\nR-L"} & set(titles)
 
 
 def sides(rows: list[dict], word: str) -> list[str]:
