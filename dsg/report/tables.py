@@ -60,6 +60,11 @@ _TERMINAL_COLUMNS = {
     "Gate false positives (retain)": "FPR",
     "Density AUROC": "AUROC",
 }
+_ABOUT_ACCURACY = (
+    f" Chance is {CHANCE:.0%}; ▼ marks accuracy below chance, which is avoidance, not forgetting. "
+    "Alignment: chance-corrected retain accuracy kept × forget accuracy lost, both relative to no "
+    "unlearning."
+)
 # Where there are questions they say more, and a terminal is narrow.
 _WITHOUT_QUESTIONS = ("Forget perplexity", "Forget ROUGE-L", "Retain ROUGE-L")
 
@@ -152,9 +157,7 @@ def _tables(measurements: Measurements) -> Iterator[Html]:
             f"{title + '. ' if title else ''}"
             f"{'Validation facts only, on which settings may have been chosen. ' * only_validation}"
             f"{interval_note(num_seeds)} n: questions or passages "
-            f"per seed. Chance is {CHANCE:.0%}; ▼ marks accuracy below chance, which is "
-            "avoidance, not forgetting. Alignment: chance-corrected retain accuracy kept × forget "
-            "accuracy lost, both relative to no unlearning."
+            f"per seed.{_ABOUT_ACCURACY * bool(group.where(metric='accuracy').rows)}"
         )
         rows = (
             [method_name(method), *(_full(row[i], COLUMNS[i]) for i in shown)]
