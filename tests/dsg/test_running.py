@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from dsg.errors import UserError
+from dsg.running import CacheMemory
 from dsg.tokens import pad_sequences
 from tests.guard_reference import UNCOUNTED, greedy, make_guard, reference
 from tests.helpers import random_ids, standard_sae
@@ -188,3 +189,8 @@ def test_sliding_window_models_generate_under_guard():
     for row, ids in enumerate(rows):
         expected, _ = greedy(model, SAE, guard, ids, 6, eos_id=1)
         assert out[row, batch.input_ids.shape[1] :].tolist()[: len(expected)] == expected
+
+
+def test_only_a_known_cache_can_be_repeated():
+    with pytest.raises(UserError, match="must be filled while the guard is attached"):
+        CacheMemory().repeat(DynamicCache(), 2)
