@@ -1,6 +1,6 @@
 """Makes a run's guard from its settings and its data module's texts."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 from transformers import PreTrainedModel
@@ -9,7 +9,10 @@ from dsg.build import FORGET_FRACTIONS, split_by_hash
 from dsg.guard import Guard
 from dsg.recipes import GuardMaker, GuardSettings
 from dsg.sae import load_sae
-from lightning_modules.protocols import GUARD_DATA, data_of
+from lightning_modules.protocols import GUARD_DATA, GuardData, data_of
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 
 def make_guard(
@@ -41,6 +44,13 @@ def guard_maker(
     device = trainer.strategy.root_device
     model.to(device)  # pyright: ignore[reportArgumentType]
     sae = load_sae(settings.sae, settings.sae_id, device=str(device))
+    return maker_from(settings, model, sae, data)
+
+
+def maker_from(
+    settings: GuardSettings, model: PreTrainedModel, sae: "SAE[Any]", data: GuardData
+) -> GuardMaker:
+    """What makes guards from a data module's texts."""
     return GuardMaker(
         settings,
         model,

@@ -24,7 +24,6 @@ from dsg.report.sidefiles import (
     ChosenSettings,
     Densities,
     FeatureDescription,
-    TokenContext,
     write_densities,
     write_features,
     write_settings,
@@ -174,11 +173,6 @@ def _one_seed(
             )
     if report_dir is not None:
         write_densities(report_dir, {"dsg": Densities(threshold, densities)})
-        write_features(report_dir, [_feature(found) for found in tuned["features"]])
+        write_features(report_dir, map(FeatureDescription.from_json, tuned["features"]))
         write_settings(report_dir, [ChosenSettings(**found) for found in tuned["chosen"]])
     return {"continuation": continuation, "rouge_l_by_round": list(cell.rounds)}
-
-
-def _feature(found: dict[str, Any]) -> FeatureDescription:
-    contexts = [TokenContext(**context) for context in found["contexts"]]
-    return FeatureDescription(**{**found, "contexts": contexts})

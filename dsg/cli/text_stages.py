@@ -19,13 +19,14 @@ from dsg.errors import UserError
 from dsg.evaluation import score_all
 from dsg.guard import Guard
 from dsg.metrics import auroc, mean_interval
-from dsg.recipes import GuardMaker, GuardSettings
+from dsg.recipes import GuardSettings
 from dsg.report.features import describe_features
 from dsg.results import read_results, write_results
 from dsg.sae import load_sae
 from dsg.scoring import Passage
 from dsg.selection import Selection
 from lightning_modules import EvaluationModule, RelearningModule
+from lightning_modules.guards import maker_from
 from lightning_modules.loading import load_model
 
 EXPERIMENT = "text_demo"
@@ -110,15 +111,7 @@ def tune_guards(cell: TextCell, parts: Sequence[Part], folder: Path) -> dict[str
     data = cell.data()
     data.setup("validate")
     model, sae = load_model(cell.model), load_sae(cell.sae, cell.sae_id)
-    maker = GuardMaker(
-        cell.guard,
-        model,
-        data.tokenizer,
-        sae,
-        data.retain_texts(),
-        data.calibration_texts(near=False),
-        data.heldout_texts(),
-    )
+    maker = maker_from(cell.guard, model, sae, data)
     forget = maker.statistics(data.forget_texts())
 
     def make(settings: GuardSettings) -> Guard:

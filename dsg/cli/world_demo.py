@@ -26,7 +26,6 @@ from dsg.report.sidefiles import (
     ChosenSettings,
     Densities,
     FeatureDescription,
-    TokenContext,
     write_densities,
     write_features,
     write_settings,
@@ -132,7 +131,7 @@ def _forget_one_domain(
                 )
         _attacked_base(stages)
     if report_dir is not None:
-        write_features(report_dir, [_feature(found) for found in tuned["features"]])
+        write_features(report_dir, map(FeatureDescription.from_json, tuned["features"]))
     return [ChosenSettings(**found) for found in [*tuned["chosen"], rmu["chosen"]]]
 
 
@@ -177,8 +176,3 @@ def _sequential(stages: Stages, context: Context, settings: dict[str, dict[str, 
             f"seed {seed}: three requests in sequence, {method}",
             functools.partial(sequence, context, method, settings[method]),
         )
-
-
-def _feature(found: dict[str, Any]) -> FeatureDescription:
-    contexts = [TokenContext(**context) for context in found.pop("contexts")]
-    return FeatureDescription(contexts=contexts, **found)

@@ -23,8 +23,11 @@ from dsg.cli.tuning import (
     combinations,
 )
 from dsg.guard import Guard
-from dsg.recipes import GuardMaker, GuardSettings
+from dsg.recipes import GuardSettings
+from dsg.report.features import describe_features
 from dsg.results import read_results
+from dsg.sae import load_sae
+from dsg.selection import Selection
 from lightning_modules import (
     EvaluationModule,
     RelearningModule,
@@ -32,6 +35,8 @@ from lightning_modules import (
     SequentialModule,
     UnlearningModule,
 )
+from lightning_modules.guards import maker_from
+from lightning_modules.loading import load_model
 
 NUM_RMU_TEXTS = 240
 NUM_ATTACK_TEXTS = 60
@@ -80,24 +85,11 @@ class Context:
 
 def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
     """Choose the settings of DSG and Farrell et al. on validation facts and save all guards."""
-    from dsg.report.features import describe_features
-    from dsg.sae import load_sae
-    from dsg.selection import Selection
-    from lightning_modules.loading import load_model
-
     cell = context.cell
     data = cell.data()
     data.setup("validate")
     model, sae = load_model(cell.model), load_sae(cell.guard.sae)
-    maker = GuardMaker(
-        cell.guard,
-        model,
-        data.tokenizer,
-        sae,
-        data.retain_texts(),
-        data.calibration_texts(near=False),
-        data.heldout_texts(),
-    )
+    maker = maker_from(cell.guard, model, sae, data)
     questions = [q for q in data.questions("validation") if q.domain in ("forget", "retain")]
     questions = [replace(question, id=id) for id, question in enumerate(questions)]
     batches = question_loader(data.tokenizer, questions, data.batch_size, None)

@@ -62,6 +62,12 @@ class FeatureDescription:
     contexts: Sequence[TokenContext] = field(default_factory=tuple)
     promoted: Sequence[str] = field(default_factory=tuple)
 
+    @classmethod
+    def from_json(cls, item: Mapping[str, Any]) -> "FeatureDescription":
+        """Undo `dataclasses.asdict`."""
+        contexts = [TokenContext(**context) for context in item["contexts"]]
+        return cls(**{**item, "contexts": contexts})
+
 
 @dataclass(frozen=True)
 class ChosenSettings:
@@ -95,12 +101,7 @@ def read_features(run_dir: str | Path) -> list[FeatureDescription]:
     """Read `features.json`; empty if the run has none."""
     content = _read(run_dir, FEATURES_FILE, [])
     with _Explained(FEATURES_FILE):
-        return [
-            FeatureDescription(
-                **{**item, "contexts": [TokenContext(**each) for each in item["contexts"]]}
-            )
-            for item in content
-        ]
+        return [FeatureDescription.from_json(item) for item in content]
 
 
 def write_settings(run_dir: str | Path, settings: Iterable[ChosenSettings]) -> Path:
