@@ -1,6 +1,7 @@
 """Finding a hook point in a Hugging Face model and reading activations there."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,14 @@ from transformers import PreTrainedModel
 from dsg.errors import UserError
 from dsg.tokens import TokenBatch
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+# Other places that SAEs are trained on, none of them the residual stream between two layers.
+_ELSEWHERE = {
+    r"hook_resid_mid": "inside the layer, before its MLP",
+    r"hook_attn_out|attn\.hook_\w+": "in its attention",
+    r"hook_mlp_out|mlp\.hook_\w+": "in its MLP",
+    r"ln[12](_post)?\.hook_\w+": "in a normalization",
+}
 
 # Attached guards let a pass untouched while this is set, so that a guard's own measurements see
 # the unedited model wherever another guard is attached.
@@ -75,26 +83,22 @@ def resolve_hook_point(model: nn.Module, hook_point: str) -> nn.Module:
 
     Args:
         model: A Hugging Face model, possibly wrapped.
-        hook_point: `blocks.3.hook_resid_post` (output of decoder layer 3), or a module path of
-            the unwrapped model such as `model.layers.3`.
+        hook_point: `blocks.3.hook_resid_post` (output of decoder layer 3), which is also
+            `blocks.4.hook_resid_pre`, or a module path of the unwrapped model such as
+            `model.layers.3`.
 
     Raises:
-        UserError: If there is no such module; the message lists near names.
+        UserError: If there is no such module, with near names, or it is no place for a guard.
     """
     inner = unwrap(model)
     paths = dict(inner.named_modules())
     if hook_point in paths and hook_point:
         return paths[hook_point]
     block = _BLOCK.fullmatch(hook_point)
+    if block and block[2] in ("hook_resid_post", "hook_resid_pre"):
+        return _decoder_layer(inner, hook_point, int(block[1]), before=block[2].endswith("pre"))
     if block:
-        layers = _decoder_layers(inner)
-        if int(block[1]) < len(layers):
-            return layers[int(block[1])]
-        raise UserError(
-            f"`hook_point` must name one of the model's {len(layers)} decoder layers, got "
-            f"{hook_point!r}; use 'blocks.0.hook_resid_post' to "
-            f"'blocks.{len(layers) - 1}.hook_resid_post'."
-        )
+        _refuse_elsewhere(hook_point, int(block[1]), block[2])
     num_layers = inner.config.get_text_config().num_hidden_layers
     known = [f"blocks.{layer}.hook_resid_post" for layer in range(num_layers)]
     near = difflib.get_close_matches(hook_point, [*known, *filter(None, paths)], n=4, cutoff=0.4)
@@ -102,6 +106,34 @@ def resolve_hook_point(model: nn.Module, hook_point: str) -> nn.Module:
         f"`hook_point` must name a module of {type(inner).__name__}, got {hook_point!r}; "
         f"near names are {', '.join(near or known[:4])}."
     )
+
+
+def _decoder_layer(
+    model: PreTrainedModel, hook_point: str, block: int, *, before: bool
+) -> nn.Module:
+    layers = _decoder_layers(model)
+    if block >= len(layers):
+        raise UserError(
+            f"`hook_point` must name one of the model's {len(layers)} decoder layers, got "
+            f"{hook_point!r}; use 'blocks.0.hook_resid_post' to "
+            f"'blocks.{len(layers) - 1}.hook_resid_post'."
+        )
+    if before and block == 0:
+        raise UserError(
+            f"`hook_point` must be the output of a decoder layer, got {hook_point!r}, which is "
+            "the embedding; use 'blocks.0.hook_resid_post' and an SAE trained there."
+        )
+    return layers[block - before]
+
+
+def _refuse_elsewhere(hook_point: str, block: int, name: str) -> None:
+    for pattern, place in _ELSEWHERE.items():
+        if re.fullmatch(pattern, name):
+            raise UserError(
+                f"`hook_point` must be the residual stream after a whole decoder layer, got "
+                f"{hook_point!r}, which lies {place}; use 'blocks.{block}.hook_resid_post' and "
+                "an SAE trained there."
+            )
 
 
 def check_width(model: nn.Module, d_in: int) -> None:
@@ -151,7 +183,7 @@ def read_activations(
     token = _reading.set(True)
     try:
         with torch.no_grad(), _evaluating(inner):
-            inner(**batch.to(inner.device).model_inputs(), use_cache=False)
+            inner(**_inputs(inner, batch.to(inner.device)), use_cache=False)
     except _Reached as reached:
         return reached.activations
     finally:
@@ -161,6 +193,16 @@ def read_activations(
         f"`hook_point` {hook_point!r} must run in the forward pass, but the model never calls it; "
         "choose a decoder layer."
     )
+
+
+def _inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Tensor]:
+    """The batch as arguments, with the positions that `generate` would give padded rows."""
+    inputs, mask = batch.model_inputs(), batch.attention_mask
+    # Learned positions count from the first column, padding or not, unless told otherwise.
+    padded_left = bool((mask[:, 0] == 0).any())
+    if padded_left and "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return inputs
 
 
 class _Reached(Exception):
