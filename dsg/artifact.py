@@ -15,8 +15,7 @@ from dsg.errors import UserError
 TENSORS_FILE = "guard.safetensors"
 SETTINGS_FILE = "guard.json"
 _FORMAT = "dynamic-sae-guardrails"
-_VERSION = 1
-_TENSORS = {"feature_ids", "W_enc", "b_enc", "activation_threshold", "W_dec"}
+_VERSION = 2
 _SETTINGS = {
     "hook_point",
     "uncounted_ids",
@@ -27,6 +26,12 @@ _SETTINGS = {
     "clamp_unit",
     "residual_norm",
     "gate",
+    "window_size",
+    "leak",
+    "edit",
+    "trigger_limit",
+    "encoder",
+    "model",
     "facts",
 }
 
@@ -38,7 +43,7 @@ def write_artifact(
 
     Args:
         directory: Created if missing.
-        tensors: The feature slice's buffers.
+        tensors: State of the guard's features.
         settings: Everything else, representable in JSON.
 
     Raises:
@@ -102,8 +107,6 @@ def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, A
         tensors = load(blob)
     except SafetensorError as error:
         raise _damaged(folder / TENSORS_FILE) from error
-    if set(tensors) != _TENSORS:
-        raise _damaged(folder / TENSORS_FILE)
     return tensors, header["settings"]
 
 

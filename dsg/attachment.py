@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -11,9 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dsg.edit import Clamp, apply_clamps, clamp_entries
 from dsg.errors import UserError, check_choice
-from dsg.gate import Evidence, decide, fired_tokens
+from dsg.generation import checked_generate
 from dsg.hooks import (
     check_width,
     decoder_of,
@@ -22,7 +20,9 @@ from dsg.hooks import (
     resolve_hook_point,
     unwrap,
 )
-from dsg.inputs import MASKS, ForwardInputs, argument
+from dsg.identity import num_embeddings
+from dsg.inputs import ForwardInputs, argument, pop_masks
+from dsg.panel import ForwardPass, Panel, Policy
 from dsg.running import CacheMemory, past_length
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def attach(
     model: nn.Module,
     decision: DecisionRule = "sequence",
     continuation: Continuation = "running",
+    policy: Policy = "own",
 ) -> Iterator["Attachment"]:
     """Guards a model inside a `with` block, and always detaches at its end.
 
@@ -48,52 +49,50 @@ def attach(
     call, and `prompt_mask` (True for prompt tokens) says where the prompt ends.
 
     Tokens that come with a filled KV cache continue what the cache holds; tokens without one begin
-    a new input, so `generate` needs its cache (`use_cache=True`, the default). A cache that this
-    attachment has not filled itself, or whose rows were moved or trimmed, is refused.
+    a new input. `generate` is followed where it keeps the rows of its dynamic cache in place:
+    greedy decoding and sampling. Everything else is refused before a token is produced.
+
+    Guards of one hook point read the same unedited stream; those of later layers read what earlier
+    ones have edited. With gradient checkpointing, call `backward` before the next forward pass: the
+    recomputed layer is edited as in the last one.
 
     Args:
-        guards: Guards of one hook point, oldest first.
+        guards: Guards of one or several hook points, oldest first.
         model: The language model, possibly wrapped by PEFT or DDP.
         decision: `sequence`: a whole new input decides for all its positions. `prompt`: only its
             prompt does (all of it without `prompt_mask`), and the rest is continuation.
         continuation: `running`: each position after the prompt extends the counts, and once the
-            density exceeds the threshold the sequence stays triggered. `frozen`: the prompt's
+            statistic exceeds the threshold the sequence stays triggered. `frozen`: the prompt's
             decision holds for all that follows.
+        policy: Who edits a sequence. `own`: each guard whose gate is open. `any`: all guards, once
+            one gate is open; `majority`: all guards, once more than half of the gates are open.
+            Gates of layers that are yet to run have no vote.
 
     Yields:
         The attachment, which tells the decisions of the last forward pass.
 
     Raises:
         UserError: Before any token, if a guard does not fit the model, the hook point does not
-            exist, or the model is already guarded; in a forward pass, if it cannot be guarded.
+            exist, or the model is already guarded; in a forward pass, if it cannot be guarded; at
+            the end, if somebody else has removed a hook.
     """
-    attachment = Attachment(guards, model, decision, continuation)
+    attachment = Attachment(guards, model, decision, continuation, policy)
     attachment._attach()
     try:
         yield attachment
-    finally:
+    except BaseException:
         attachment._detach()
-
-
-@dataclass
-class _Forward:
-    """One forward pass between its first and its last hook."""
-
-    counted: list[Tensor]
-    prompt: Tensor
-    earlier: list[Evidence] | None
-    num_positions: int
-    evidence: list[Evidence] | None = None
+        raise
+    intact = attachment._intact()
+    attachment._detach()
+    if not intact:
+        raise _hook_removed()
 
 
 class Attachment:
-    """Guards at work on one model; made by `attach`.
+    """Guards at work on one model; made by `attach`, whose arguments it takes.
 
-    Args:
-        guards: Guards of one hook point, oldest first.
-        model: The language model, possibly wrapped.
-        decision: Whose tokens decide for a new input.
-        continuation: What happens after the prompt.
+    What it says about the last forward pass raises `UserError` if there was none yet.
     """
 
     def __init__(
@@ -102,51 +101,52 @@ class Attachment:
         model: nn.Module,
         decision: DecisionRule,
         continuation: Continuation,
+        policy: Policy,
     ) -> None:
         check_choice("decision", decision, get_args(DecisionRule))
         check_choice("continuation", continuation, get_args(Continuation))
+        check_choice("policy", policy, get_args(Policy))
         if not guards:
             raise UserError("`guards` must be at least one, got none; append a guard first.")
         for guard in guards:
             check_width(model, guard.features.d_in)
+            if guard.model is not None:
+                guard.model.check(model)
         self._guards = list(guards)
         # Read once: buffers on an accelerator would make every forward pass wait for it.
         self._uncounted_ids = [guard.uncounted_ids for guard in guards]
-        # No density is below 0: a token gate is a density gate that is always open.
-        self._thresholds = [-1.0 if g.gate == "token" else g.threshold for g in guards]
-        self._values = [guard.activation_value for guard in guards]
-        self._features = [guard.features for guard in guards]
         self._model, self._inner, self._decoder = model, unwrap(model), decoder_of(model)
-        self._layer = resolve_hook_point(model, guards[0].hook_point)
-        if self._layer is self._decoder or self._layer not in set(self._decoder.modules()):
-            raise UserError(
-                f"`hook_point` must lie inside the decoder {type(self._decoder).__name__}, got "
-                f"{guards[0].hook_point!r}; use one of its layers."
-            )
-        self._by_prompt, self._running = decision == "prompt", continuation == "running"
+        layers = [self._layer(guard.hook_point) for guard in guards]
+        self._panel = Panel(guards, layers, policy, running=continuation == "running")
+        self._vocabulary = num_embeddings(model)
+        self._by_prompt = decision == "prompt"
         self._handles: list[RemovableHandle] = []
         self._given: dict[str, Tensor] = {}
-        self._forward: _Forward | None = None
-        self._last: list[Evidence] | None = None
+        self._forward: ForwardPass | None = None
+        self._last: ForwardPass | None = None
         self._memory = CacheMemory()
 
     @property
     def triggered(self) -> Bool[Tensor, " batch"]:
-        """Whether each sequence of the last forward pass was triggered by any guard.
-
-        Raises:
-            UserError: If there was no forward pass yet.
-        """
-        return torch.stack([evidence.triggered for evidence in self._evidence()]).any(0)
+        """Whether any guard was open to edit each sequence of the last forward pass."""
+        first, *rest = self._finished().acted.values()
+        return torch.stack([first, *(acted.to(first.device) for acted in rest)]).any(0)
 
     @property
     def density(self) -> Float[Tensor, " batch"]:
-        """Density of each sequence of the last forward pass, by the first guard, float64.
+        """Density of each sequence of the last forward pass, by the first guard, float64."""
+        return self._finished().evidence[0].density
 
-        Raises:
-            UserError: If there was no forward pass yet.
-        """
-        return self._evidence()[0].density
+    @property
+    def statistic(self) -> Float[Tensor, " batch"]:
+        """The first guard's statistic of each sequence of the last forward pass, float64."""
+        return self._finished().evidence[0].statistic
+
+    @property
+    def decisions(self) -> list[Bool[Tensor, " batch"]]:
+        """Each guard's own decision about each sequence of the last forward pass."""
+        evidence = self._finished().evidence
+        return [evidence[index].triggered for index in range(len(self._guards))]
 
     def repeat_sequences(self, cache: Any, repeats: int) -> None:
         """Repeats each sequence of a KV cache, to continue one prompt in several ways.
@@ -160,10 +160,19 @@ class Attachment:
         """
         self._memory.repeat(cache, repeats)
 
-    def _evidence(self) -> list[Evidence]:
+    def _finished(self) -> ForwardPass:
         if self._last is None:
             raise UserError("decisions must be asked for after a forward pass; run one first.")
         return self._last
+
+    def _layer(self, hook_point: str) -> nn.Module:
+        layer = resolve_hook_point(self._model, hook_point)
+        if layer is self._decoder or layer not in set(self._decoder.modules()):
+            raise UserError(
+                f"`hook_point` must lie inside the decoder {type(self._decoder).__name__}, got "
+                f"{hook_point!r}; use one of its layers."
+            )
+        return layer
 
     def _attach(self) -> None:
         if self._inner in _guarded_models:
@@ -180,21 +189,29 @@ class Attachment:
         self._handles += [
             self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
-            self._layer.register_forward_hook(self._after_layer),
+            *(layer.register_forward_hook(self._after_layer) for layer in self._panel.layers),
         ]
+        # Lies in front of the class's method until `_detach` takes it away.
+        self._inner.__dict__["generate"] = checked_generate(self._inner)
 
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._inner.__dict__.pop("generate", None)
         _guarded_models.discard(self._inner)
+
+    def _intact(self) -> bool:
+        """Whether every hook is still where it was put."""
+        hooks = [(handle.id, handle.hooks_dict_ref()) for handle in self._handles]
+        return all(registered is not None and id in registered for id, registered in hooks)
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         input_ids = argument(module, "input_ids", args, kwargs)
         self._given |= {"input_ids": input_ids} if input_ids is not None else {}
-        self._given |= _pop_masks(kwargs)
+        self._given |= pop_masks(kwargs)
         return args, kwargs
 
     def _after_model(self, *_: Any) -> None:
@@ -205,12 +222,13 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # A wrapper that calls `forward` directly skips `_before_model`: the masks come this far.
-        given = self._given | _pop_masks(kwargs)
+        given = self._given | pop_masks(kwargs)
         if not is_reading():
+            self._check_unchanged()
             self._forward = self._plan(ForwardInputs.of(module, args, kwargs, given))
         return args, kwargs
 
-    def _plan(self, inputs: ForwardInputs) -> _Forward:
+    def _plan(self, inputs: ForwardInputs) -> ForwardPass:
         counted = [
             inputs.counted(uncounted_ids, guard.pad_id)
             for guard, uncounted_ids in zip(self._guards, self._uncounted_ids, strict=True)
@@ -224,36 +242,27 @@ class Attachment:
         prompt = torch.ones(inputs.shape, dtype=torch.bool, device=inputs.device)
         if self._by_prompt:
             prompt = inputs.prompt(counted[0])
-        return _Forward(counted, prompt, earlier, past_length(inputs.cache) + inputs.shape[1])
+        return ForwardPass(counted, prompt, earlier, past_length(inputs.cache) + inputs.shape[1])
 
-    def _after_layer(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    def _check_unchanged(self) -> None:
+        if not self._intact():
+            raise _hook_removed()
+        if num_embeddings(self._inner) != self._vocabulary:
+            raise UserError(
+                f"the model's vocabulary must stay at {self._vocabulary} tokens while a guard is "
+                f"attached, got {num_embeddings(self._inner)}; build a guard for the new model."
+            )
+
+    def _after_layer(self, layer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if is_reading():
             return None
         forward, h = self._forward, hidden_states(output)
-        if forward is None or forward.prompt.shape != h.shape[:2]:
+        if forward is None or forward.prompt.shape != h.shape[:2] or _stray(forward):
             raise UserError(
                 "a guarded layer must run inside its model's forward pass, but it ran alone; call "
                 "the model that the guard is attached to."
             )
-        clamps, evidence = [], []
-        for index, guard in enumerate(self._guards):
-            features = self._features[index] = self._features[index].on(h.device)
-            feature_acts = features.encode(h)
-            counted = forward.counted[index].to(h.device)
-            positions, seen = decide(
-                fired_tokens(feature_acts, counted),
-                counted,
-                forward.prompt.to(h.device),
-                self._thresholds[index],
-                forward.earlier[index] if forward.earlier is not None else None,
-                running=self._running,
-            )
-            entries = clamp_entries(feature_acts, positions & counted, guard.clamp_scope)
-            clamps.append(Clamp(features, feature_acts, entries, self._values[index]))
-            evidence.append(seen)
-        # Assigned, not accumulated: activation checkpointing may run a layer twice.
-        forward.evidence = evidence
-        edited = apply_clamps(h, clamps)
+        edited = self._panel.edit(forward, layer, h)
         if edited is h:
             return None
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
@@ -264,18 +273,28 @@ class Attachment:
         forward = self._forward
         if is_reading() or forward is None:
             return
-        if forward.evidence is None:
+        missing = [i for i in range(len(self._guards)) if i not in forward.evidence]
+        if missing:
             raise UserError(
-                f"`hook_point` {self._guards[0].hook_point!r} must run in each forward pass, but "
-                "the model skipped it; choose a layer that always runs."
+                f"`hook_point` {self._guards[missing[0]].hook_point!r} must run in each forward "
+                "pass, but the model skipped it; choose a layer that always runs."
             )
-        self._last = forward.evidence
+        forward.finished = True
+        self._last = forward
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             cache = argument(module, "past_key_values", args, kwargs)
-        self._memory.remember(cache, forward.evidence, forward.num_positions)
+        evidence = [forward.evidence[index] for index in range(len(self._guards))]
+        self._memory.remember(cache, evidence, forward.num_positions)
 
 
-def _pop_masks(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    popped = {name: kwargs.pop(name, None) for name in MASKS}
-    return {name: mask for name, mask in popped.items() if mask is not None}
+def _stray(forward: ForwardPass) -> bool:
+    """Whether a layer runs after its forward pass, and not to be recomputed for a gradient."""
+    return forward.finished and torch._C._current_graph_task_id() == -1
+
+
+def _hook_removed() -> UserError:
+    return UserError(
+        "a guard's hooks must stay in place while it is attached, but one was removed, so the "
+        "model may have run unguarded; leave the `with` block instead of removing hooks."
+    )

@@ -1,4 +1,4 @@
-"""The edit: clamping features by adding a delta to the residual stream."""
+"""The edit: writing features by adding a delta to the residual stream."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dsg.sae import FeatureSlice
+from dsg.features import Features
 
 ClampScope = Literal["all", "active"]
+# `clamp` writes the selected features; `refusal` leaves them and writes another one.
+Edit = Literal["clamp", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,21 @@ class Clamp:
         feature_acts: Their activations in the unedited stream.
         entries: Which feature is to be written at which token.
         value: What to write, in activation units.
+        output_scale: Residual units per unit of decoder output; None where they are the same.
     """
 
-    features: FeatureSlice
+    features: Features
     feature_acts: Float[Tensor, "batch seq k"]
     entries: Bool[Tensor, "batch seq k"]
     value: float
+    output_scale: Float[Tensor, "batch seq 1"] | None = None
 
 
 def clamp_entries(
     feature_acts: Float[Tensor, "batch seq k"],
     positions: Bool[Tensor, "batch seq"],
     clamp_scope: ClampScope,
+    limit: float = 0.0,
 ) -> Bool[Tensor, "batch seq k"]:
     """Which features are written: at the given positions, where any selected feature is active.
 
@@ -41,9 +46,26 @@ def clamp_entries(
         feature_acts: Activations of the selected features.
         positions: Counted positions of triggered sequences.
         clamp_scope: `all` writes every selected feature there, `active` only the active ones.
+        limit: Activation above which a feature is active, at least 0.
     """
-    active = (feature_acts > 0) & positions[..., None]
+    active = (feature_acts > limit) & positions[..., None]
     return active if clamp_scope == "active" else active.any(-1, keepdim=True).expand_as(active)
+
+
+def refusal_entries(
+    feature_acts: Float[Tensor, "batch seq k"],
+    positions: Bool[Tensor, "batch seq"],
+    limit: float = 0.0,
+) -> Bool[Tensor, "batch seq k"]:
+    """Refusal Clamp: the last feature alone is written, where any of the others is active.
+
+    Args:
+        feature_acts: Activations of the selected features, and last those of the one to write.
+        positions: Counted positions of triggered sequences.
+        limit: Activation above which a feature is active, at least 0.
+    """
+    active = (feature_acts[..., :-1] > limit).any(-1, keepdim=True) & positions[..., None]
+    return torch.cat([torch.zeros_like(feature_acts[..., :-1], dtype=torch.bool), active], -1)
 
 
 def apply_clamps(
@@ -70,6 +92,8 @@ def apply_clamps(
         z = clamp.feature_acts
         with torch.autocast(h.device.type, enabled=False):
             delta = torch.where(entries, clamp.value - z, 0.0) @ clamp.features.W_dec.to(z.dtype)
+            if clamp.output_scale is not None:
+                delta = delta * clamp.output_scale
         total = total.to(torch.promote_types(total.dtype, delta.dtype)) + delta
         here = entries.any(-1, keepdim=True)
         edited = here if edited is None else edited | here

@@ -42,11 +42,11 @@ class Forward:
             self._attachment.repeat_sequences(cache, repeats)
 
     def decision(self, num_sequences: int) -> tuple[Tensor, Tensor]:
-        """`triggered` and `density` of the last pass; NaN without a guard."""
+        """`triggered` and the gate's statistic of the last pass; NaN without a guard."""
         if self._attachment is None:
             unknown = torch.full((num_sequences,), torch.nan, dtype=torch.float64)
             return unknown, unknown
-        return self._attachment.triggered, self._attachment.density
+        return self._attachment.triggered, self._attachment.statistic
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A guard: score, gate and edit at one hook point, for one forget request."""
 
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,47 +11,56 @@ from torch import Tensor, nn
 
 from dsg.artifact import read_artifact, write_artifact
 from dsg.attachment import Attachment, Continuation, DecisionRule, attach
-from dsg.edit import ClampScope
+from dsg.edit import ClampScope, Edit
 from dsg.errors import UserError, check_choice
-from dsg.gate import density, fired_tokens
+from dsg.features import DeviceOnlyModule, Features, check_finite, rebuild_features
+from dsg.gate import Evidence, GateKind, decide, fired_tokens, make_gate
 from dsg.hooks import check_width, read_activations
-from dsg.sae import DeviceOnlyModule, FeatureSlice
+from dsg.identity import ModelIdentity
 from dsg.tokens import TokenBatch, count_mask
 
 ClampUnit = Literal["activation", "residual_norm"]
-Gate = Literal["density", "token"]
 
 
 class Guard(DeviceOnlyModule):
-    """Clamps selected features in sequences whose density exceeds a threshold.
+    """Writes features in sequences whose gate statistic exceeds a threshold.
 
     Holds buffers only. Its dtypes stay whatever the model is cast to.
 
     Args:
-        features: The selected features.
+        features: The selected features; for the edit `refusal` also, last, the one to write.
         hook_point: Module whose output is read and edited.
         uncounted_ids: Token ids that never count.
         pad_id: The tokenizer's padding id, or None.
-        threshold: Density strictly above which a sequence is triggered, in [0, 1] (tau).
+        threshold: Statistic strictly above which a sequence is triggered (tau); in [0, 1] for a
+            density, in tokens for the gate `cusum`.
         clamp_value: Value written to the features, sign included (-c).
         clamp_scope: Write `all` selected features where any is active, or only the `active` ones.
         clamp_unit: Unit of `clamp_value`: SAE activations, or multiples of `residual_norm`.
         residual_norm: Mean L2 norm of the residual stream at the hook point, above 0.
-        gate: `density`, or `token`: every sequence counts as triggered (static clamping).
-        facts: What is known about how the guard was made; must be representable in JSON.
+        gate: `density` (the paper), `window`, `cusum` (see `dsg.gate`), or `token`: every sequence
+            counts as triggered (static clamping).
+        window_size: Counted tokens of a window, for the gate `window`.
+        leak: Tokens that leak per counted token, in (0, 1), for the gate `cusum`.
+        edit: `clamp` writes the selected features; `refusal` writes another feature wherever one of
+            them is active (Refusal Clamp).
+        trigger_limit: Activation above which the edit takes a feature as active, at least 0. The
+            gate always counts activations above 0.
+        model: The model for which the guard was made, if known.
+        facts: What else is known about how it was made; must be representable in JSON.
 
     Raises:
         UserError: If a value is out of range or a choice unknown.
     """
 
-    features: FeatureSlice
+    features: Features
     _threshold: Tensor
     _clamp_value: Tensor
     _uncounted_ids: Tensor
 
     def __init__(
         self,
-        features: FeatureSlice,
+        features: Features,
         *,
         hook_point: str,
         uncounted_ids: list[int],
@@ -60,29 +70,25 @@ class Guard(DeviceOnlyModule):
         clamp_scope: ClampScope = "all",
         clamp_unit: ClampUnit = "activation",
         residual_norm: float | None = None,
-        gate: Gate = "density",
+        gate: GateKind = "density",
+        window_size: int | None = None,
+        leak: float | None = None,
+        edit: Edit = "clamp",
+        trigger_limit: float = 0.0,
+        model: ModelIdentity | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_choice("clamp_scope", clamp_scope, get_args(ClampScope))
         check_choice("clamp_unit", clamp_unit, get_args(ClampUnit))
-        check_choice("gate", gate, get_args(Gate))
-        if not 0.0 <= threshold <= 1.0:
+        check_choice("gate", gate, get_args(GateKind))
+        check_choice("edit", edit, get_args(Edit))
+        self.rule = make_gate(gate, window_size, leak)
+        _check_numbers(gate, threshold, clamp_value, clamp_unit, residual_norm, trigger_limit)
+        if edit == "refusal" and features.num_features < 2:
             raise UserError(
-                f"`threshold` must be a density in [0, 1], got {threshold}; calibrate it on retain "
-                "text."
-            )
-        if not abs(clamp_value) < float("inf"):
-            raise UserError(f"`clamp_value` must be finite, got {clamp_value}; try -500.0.")
-        if residual_norm is not None and not 0.0 < residual_norm < float("inf"):
-            raise UserError(
-                f"`residual_norm` must be finite and above 0, got {residual_norm}; measure it on "
-                "text."
-            )
-        if clamp_unit == "residual_norm" and residual_norm is None:
-            raise UserError(
-                "`residual_norm` must be given for clamp_unit 'residual_norm', got None; measure "
-                "it or use clamp_unit 'activation'."
+                "`features` must be selected ones and last the one to write for the edit "
+                "'refusal', got one feature; add its id."
             )
         self.features = features
         self.hook_point = hook_point
@@ -90,7 +96,12 @@ class Guard(DeviceOnlyModule):
         self.clamp_scope: ClampScope = clamp_scope
         self.clamp_unit: ClampUnit = clamp_unit
         self.residual_norm = residual_norm
-        self.gate: Gate = gate
+        self.gate: GateKind = gate
+        self.window_size = window_size
+        self.leak = leak
+        self.edit: Edit = edit
+        self.trigger_limit = trigger_limit
+        self.model = model
         self.facts = dict(facts or {})
         self.register_buffer("_threshold", torch.tensor(threshold, dtype=torch.float64))
         self.register_buffer("_clamp_value", torch.tensor(clamp_value, dtype=torch.float64))
@@ -101,11 +112,21 @@ class Guard(DeviceOnlyModule):
     @property
     def feature_ids(self) -> list[int]:
         """Ids of the selected features, most important first."""
-        return self.features.feature_ids.tolist()
+        return self.features.feature_ids.tolist()[: self.num_selected]
+
+    @property
+    def refusal_id(self) -> int | None:
+        """Id of the feature that the edit `refusal` writes; None for the edit `clamp`."""
+        return self.features.feature_ids.tolist()[-1] if self.edit == "refusal" else None
+
+    @property
+    def num_selected(self) -> int:
+        """Number of selected features, on which the gate looks."""
+        return self.features.num_features - (self.edit == "refusal")
 
     @property
     def threshold(self) -> float:
-        """Density strictly above which a sequence is triggered (tau)."""
+        """Statistic strictly above which a sequence is triggered (tau)."""
         return self._threshold.item()
 
     @property
@@ -143,19 +164,24 @@ class Guard(DeviceOnlyModule):
         Raises:
             UserError: If the guard does not fit the model.
         """
-        check_width(model, self.features.d_in)
-        if token_mask is None:
-            token_mask = count_mask(input_ids, attention_mask, self.uncounted_ids, self.pad_id)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        batch = TokenBatch(input_ids, attention_mask, token_mask)
-        h = read_activations(model, self.hook_point, batch)
-        token_mask = token_mask.to(h.device)
-        fired = fired_tokens(self.features.on(h.device).encode(h), token_mask)
-        return density(fired.sum(1), token_mask.sum(1))
+        return self._read(model, input_ids, attention_mask, token_mask).density
+
+    def statistic(
+        self,
+        model: nn.Module,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        token_mask: Bool[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """The gate's statistic of each sequence in the unedited model, float64.
+
+        For the gates `density` and `token` it is the density. Arguments and errors are those of
+        `density`.
+        """
+        return self._read(model, input_ids, attention_mask, token_mask).statistic
 
     def replace(self, **changes: Any) -> "Guard":
-        """A guard with some settings changed that shares this guard's feature slice.
+        """A guard with some settings changed that shares this guard's features.
 
         Args:
             changes: Any keyword argument of `Guard`.
@@ -177,7 +203,9 @@ class Guard(DeviceOnlyModule):
         Args:
             directory: Created if missing; an older guard in it is replaced.
         """
-        write_artifact(directory, dict(self.features.named_buffers()), self._settings())
+        settings = {**self._settings(), "model": asdict(self.model) if self.model else None}
+        tensors = self.features.state_dict()
+        write_artifact(directory, tensors, {**settings, "encoder": self.features.encoder})
 
     @classmethod
     def load(cls, directory: str | Path) -> "Guard":
@@ -187,7 +215,30 @@ class Guard(DeviceOnlyModule):
             UserError: If the artifact is missing, damaged, altered or of another program.
         """
         tensors, settings = read_artifact(directory)
-        return cls(FeatureSlice(**tensors), **settings)
+        features = rebuild_features(tensors, settings.pop("encoder"))
+        model = settings.pop("model")
+        return cls(features, model=ModelIdentity(**model) if model else None, **settings)
+
+    def _read(
+        self,
+        model: nn.Module,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None,
+        token_mask: Bool[Tensor, "batch seq"] | None,
+    ) -> Evidence:
+        check_width(model, self.features.d_in)
+        if token_mask is None:
+            token_mask = count_mask(input_ids, attention_mask, self.uncounted_ids, self.pad_id)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        batch = TokenBatch(input_ids, attention_mask, token_mask)
+        h = read_activations(model, self.hook_point, batch)
+        counted = token_mask.to(h.device)
+        check_finite(h, counted, self.hook_point)
+        selected = self.features.on(h.device).encode(h)[..., : self.num_selected]
+        everything = torch.ones_like(counted)
+        fired = fired_tokens(selected, counted)
+        return decide(self.rule, fired, counted, everything, 1.0, running=False)[1]
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -200,5 +251,43 @@ class Guard(DeviceOnlyModule):
             "clamp_unit": self.clamp_unit,
             "residual_norm": self.residual_norm,
             "gate": self.gate,
+            "window_size": self.window_size,
+            "leak": self.leak,
+            "edit": self.edit,
+            "trigger_limit": self.trigger_limit,
+            "model": self.model,
             "facts": self.facts,
         }
+
+
+def _check_numbers(
+    gate: GateKind,
+    threshold: float,
+    clamp_value: float,
+    clamp_unit: ClampUnit,
+    residual_norm: float | None,
+    trigger_limit: float,
+) -> None:
+    highest = float("inf") if gate == "cusum" else 1.0
+    if not 0.0 <= threshold <= highest or threshold == float("inf"):
+        wanted = "finite and at least 0" if gate == "cusum" else "a density in [0, 1]"
+        raise UserError(
+            f"`threshold` must be {wanted} for the gate {gate!r}, got {threshold}; calibrate it on "
+            "retain text."
+        )
+    if not abs(clamp_value) < float("inf"):
+        raise UserError(f"`clamp_value` must be finite, got {clamp_value}; try -500.0.")
+    if not 0.0 <= trigger_limit < float("inf"):
+        raise UserError(
+            f"`trigger_limit` must be finite and at least 0, got {trigger_limit}; 0 takes every "
+            "active feature."
+        )
+    if residual_norm is not None and not 0.0 < residual_norm < float("inf"):
+        raise UserError(
+            f"`residual_norm` must be finite and above 0, got {residual_norm}; measure it on text."
+        )
+    if clamp_unit == "residual_norm" and residual_norm is None:
+        raise UserError(
+            "`residual_norm` must be given for clamp_unit 'residual_norm', got None; measure it or "
+            "use clamp_unit 'activation'."
+        )

@@ -13,6 +13,8 @@ from dsg.tokens import count_mask
 
 # Keyword arguments that a guarded model takes besides its own.
 MASKS = ("token_mask", "prompt_mask")
+# Arguments by which attention kernels are told where packed sequences begin.
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class ForwardInputs:
                     f"`{name}` must be boolean of shape {list(shape)} like the tokens of this "
                     f"call, got {mask.dtype} of shape {list(mask.shape)}; make it from `input_ids`."
                 )
+        _refuse_packed(decoder, args, kwargs, shape)
         return cls(
             shape=shape,
             device=tokens.device,
@@ -126,6 +129,37 @@ class ForwardInputs:
                 "static KV cache; use a dynamic cache or pass `token_mask`."
             )
         return mask[:, -self.shape[1] :].to(self.device)
+
+
+def _refuse_packed(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size
+) -> None:
+    """Refuses several sequences in one row: a gate decides per row.
+
+    Raises:
+        UserError: If the call says where packed sequences begin, or positions start again.
+    """
+    given = [name for name in _PACKED if argument(decoder, name, args, kwargs) is not None]
+    positions = argument(decoder, "position_ids", args, kwargs)
+    restarts = False
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape == shape:
+        mask = argument(decoder, "attention_mask", args, kwargs)
+        real = torch.ones_like(positions, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -shape[1] :] != 0
+        both = real[:, 1:] & real[:, :-1]
+        restarts = bool(((positions.diff(dim=1) <= 0) & both).any())
+    if given or restarts:
+        raise UserError(
+            "each row must hold one sequence for a guard to decide about, got packed sequences "
+            f"({', '.join(given) or 'position_ids start again within a row'}); pad them instead."
+        )
+
+
+def pop_masks(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Takes a guarded model's own keyword arguments out of a call's, those that were given."""
+    popped = {name: kwargs.pop(name, None) for name in MASKS}
+    return {name: mask for name, mask in popped.items() if mask is not None}
 
 
 def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,162 +1,109 @@
-"""Loading sparse autoencoders and cutting out the few features that a guard needs."""
+"""Loading sparse autoencoders, and taking the few features of one that a guard needs."""
 
-import copy
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
 from dsg.errors import UserError
+from dsg.features import COMPETING, CompetingFeatures, Features, FeatureSlice, check_feature_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 _GEMMA_SCOPE_FILE = "params.npz"
 _GEMMA_SCOPE_KEYS = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
-_REFUSED = {
-    "topk": "whether a feature is active depends on all other features of the token",
-    "batchtopk": "which features are active depends on the other tokens of the batch",
-    "matryoshka_batchtopk": "which features are active depends on the other tokens of the batch",
-    "gated": "its activations come from two encoder paths",
-    "transcoder": "it reads one place of the model and reconstructs another",
-    "skip_transcoder": "it reads one place of the model and reconstructs another",
+_SLICED = ("standard", "jumprelu", "gated")
+_UNSAVED = "it has the form it was trained in; save it for inference, which makes a JumpReLU SAE"
+_TRANSCODER = "it reads one place of the model and reconstructs another"
+REFUSED = {
+    "abstopk": "its activations can be negative, and a guard's features are active above 0",
+    "batchtopk": _UNSAVED,
+    "matryoshka_batchtopk": _UNSAVED,
+    "temporal": "its activations depend on the other tokens of the sequence",
+    "transcoder": _TRANSCODER,
+    "skip_transcoder": _TRANSCODER,
+    "jumprelu_transcoder": _TRANSCODER,
+    "jumprelu_skip_transcoder": _TRANSCODER,
 }
-# Factors that SAELens folds into the weights, so that nothing is left to do at run time.
-_FOLDED_NORMALIZATIONS = ("none", None, "expected_average_only_in")
+_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 
-class DeviceOnlyModule(nn.Module):
-    """A module of buffers that moves between devices but keeps its dtypes.
-
-    `model.to(torch.bfloat16)` and Lightning's `bf16-true` cast every submodule; a gate's decision
-    must not follow the model's precision.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeviceOnlyModule":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor.new_empty(0)).device)
-
-        return super()._apply(move, recurse)
-
-
-class FeatureSlice(DeviceOnlyModule):
-    """Encoder and decoder of `k` selected features, as buffers.
-
-    `b_dec` is folded into `b_enc` where the SAE subtracts it from its input.
+def slice_features(sae: "SAE[Any]", feature_ids: Sequence[int]) -> Features:
+    """Takes features out of an SAE: slices where features do not compete, else all it needs.
 
     Args:
-        feature_ids: Ids in the SAE, unique and at least 0.
-        W_enc: Encoder columns.
-        b_enc: Encoder biases.
-        activation_threshold: Pre-activation above which a feature is active, at least 0 or the
-            JumpReLU's own threshold.
-        W_dec: Decoder rows.
-
-    Raises:
-        UserError: If there is no feature, ids repeat or are negative, shapes disagree, or a value
-            is not finite.
-    """
-
-    feature_ids: Tensor
-    W_enc: Tensor
-    b_enc: Tensor
-    activation_threshold: Tensor
-    W_dec: Tensor
-
-    def __init__(
-        self,
-        feature_ids: Int[Tensor, " k"],
-        W_enc: Float[Tensor, "d_in k"],
-        b_enc: Float[Tensor, " k"],
-        activation_threshold: Float[Tensor, " k"],
-        W_dec: Float[Tensor, "k d_in"],
-    ) -> None:
-        super().__init__()
-        k, d_in = W_dec.shape
-        wanted = {
-            "feature_ids": (feature_ids, (k,)),
-            "W_enc": (W_enc, (d_in, k)),
-            "b_enc": (b_enc, (k,)),
-            "activation_threshold": (activation_threshold, (k,)),
-            "W_dec": (W_dec, (k, d_in)),
-        }
-        for name, (tensor, shape) in wanted.items():
-            if tuple(tensor.shape) != shape:
-                raise UserError(
-                    f"`{name}` must have shape {shape} to fit `W_dec`, got "
-                    f"{tuple(tensor.shape)}; slice all tensors from one SAE."
-                )
-            if not tensor.isfinite().all():
-                raise UserError(
-                    f"`{name}` must be finite, got nan or inf; check the SAE's weights."
-                )
-            self.register_buffer(name, tensor.detach())
-        _check_ids(feature_ids.tolist())
-
-    @property
-    def num_features(self) -> int:
-        """Number of features, k."""
-        return self.W_dec.shape[0]
-
-    @property
-    def d_in(self) -> int:
-        """Width of the hook point."""
-        return self.W_dec.shape[1]
-
-    def on(self, device: torch.device) -> "FeatureSlice":
-        """This slice on a device: itself if it is there, else a copy."""
-        return self if self.W_dec.device == device else copy.deepcopy(self).to(device)
-
-    def encode(self, h: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
-        """Activations of the selected features, differentiable, at least in float32.
-
-        Args:
-            h: Hook-point activations of any float dtype.
-
-        Returns:
-            Activations, at least 0, in the wider of float32, this slice's dtype and `h`'s.
-        """
-        dtype = torch.promote_types(h.dtype, self.W_enc.dtype)
-        # Autocast would run the product in half precision and move features across thresholds.
-        with torch.autocast(h.device.type, enabled=False):
-            pre = h.to(dtype) @ self.W_enc.to(dtype) + self.b_enc.to(dtype)
-            return pre.relu() * (pre > self.activation_threshold.to(dtype))
-
-
-def slice_features(sae: "SAE[Any]", feature_ids: Sequence[int]) -> FeatureSlice:
-    """Cuts features out of a standard or JumpReLU SAE.
-
-    Args:
-        sae: An SAE of SAELens.
+        sae: An SAE of SAELens: standard, JumpReLU, gated, top-k or matching pursuit. A batch-top-k
+            SAE is a JumpReLU SAE once it is saved for inference.
         feature_ids: Ids to keep, in this order.
 
     Raises:
         UserError: If the architecture, input normalisation or reshaping is unsupported, or an id
             is repeated or out of range.
     """
-    _check_supported(sae)
-    _check_ids(list(feature_ids), sae.cfg.d_sae)
-    ids = torch.tensor(list(feature_ids), dtype=torch.long, device=sae.W_enc.device)
-    dtype = torch.promote_types(sae.W_enc.dtype, torch.float32)
+    check_supported(sae)
+    check_feature_ids(list(feature_ids), sae.cfg.d_sae)
+    architecture = sae.cfg.architecture()
+    weights = {name: weight.detach() for name, weight in sae.named_parameters()}
+    ids = torch.tensor(list(feature_ids), dtype=torch.long, device=sae.W_dec.device)
+    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
+    normalization = sae.cfg.normalize_activations
+    W_dec = weights["W_dec"][ids].to(dtype, copy=True)
+    if architecture in COMPETING:
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
+        config = {**sae.cfg.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+        copies = {name: weight.to(dtype, copy=True) for name, weight in weights.items()}
+        return CompetingFeatures(ids, W_dec, copies, config, normalization)
+
     # Clones: the SAE is usually freed afterwards, and a view would keep all of it alive.
-    W_enc = sae.W_enc.detach()[:, ids].to(dtype, copy=True)
-    b_enc = getattr(sae, "b_enc").detach()[ids].to(dtype, copy=True)  # noqa: B009
+    W_enc = weights["W_enc"][:, ids].to(dtype, copy=True)
+    shift = torch.zeros_like(ids, dtype=torch.float64)
     if sae.cfg.apply_b_dec_to_input:
-        b_enc = (b_enc.double() - sae.b_dec.detach().double() @ W_enc.double()).to(dtype)
-    threshold = torch.zeros_like(b_enc)
-    if sae.cfg.architecture() == "jumprelu":
-        threshold = getattr(sae, "threshold").detach()[ids].to(dtype, copy=True)  # noqa: B009
-    return FeatureSlice(
-        feature_ids=ids,
-        W_enc=W_enc,
-        b_enc=b_enc,
-        activation_threshold=threshold,
-        W_dec=sae.W_dec.detach()[ids].to(dtype, copy=True),
-    )
+        shift = weights["b_dec"].double() @ W_enc.double()
+
+    def bias(name: str, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        return (weights[name][ids].double() - shift * scale).to(dtype)
+
+    if architecture == "gated":
+        scale = weights["r_mag"][ids].to(dtype).exp()
+        return FeatureSlice(
+            ids,
+            W_enc,
+            bias("b_gate"),
+            torch.zeros_like(scale),
+            W_dec,
+            magnitude_scale=scale,
+            magnitude_bias=bias("b_mag", scale.double()),
+            normalization=normalization,
+        )
+    threshold = torch.zeros(len(ids), dtype=dtype, device=ids.device)
+    if architecture == "jumprelu":
+        threshold = weights["threshold"][ids].to(dtype, copy=True)
+    return FeatureSlice(ids, W_enc, bias("b_enc"), threshold, W_dec, normalization=normalization)
+
+
+def describe_sae(sae: "SAE[Any]") -> dict[str, Any]:
+    """Where an SAE comes from and a hash of its weights, representable in JSON."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    metadata = sae.cfg.metadata
+    return {
+        "loaded_from": metadata.loaded_from,
+        "architecture": sae.cfg.architecture(),
+        "d_sae": sae.cfg.d_sae,
+        "hook_name": metadata.hook_name,
+        "model_name": metadata.model_name,
+        "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
+        "normalize_activations": sae.cfg.normalize_activations,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def load_sae(release_or_path: str, sae_id: str | None = None, device: str = "cpu") -> "SAE[Any]":
@@ -197,6 +144,7 @@ def load_sae(release_or_path: str, sae_id: str | None = None, device: str = "cpu
             f"`load_sae` found no loadable SAE at {what}; check name, files and network "
             f"({reason[:300]})."
         ) from error
+    sae.cfg.metadata.loaded_from = [release_or_path, sae_id]
     return sae if sae.dtype in (torch.float32, torch.float64) else sae.to(dtype=torch.float32)
 
 
@@ -219,32 +167,29 @@ def _load_gemma_scope(path: Path, device: str) -> "SAE[Any]":
     return sae
 
 
-def _check_supported(sae: "SAE[Any]") -> None:
+def check_supported(sae: "SAE[Any]") -> None:
+    """Refuses an SAE that a guard cannot use, by name and with the reason.
+
+    Raises:
+        UserError: If architecture, input normalisation or reshaping is unsupported.
+    """
     architecture = sae.cfg.architecture()
-    if architecture not in ("standard", "jumprelu"):
-        reason = _REFUSED.get(architecture, "its encoder is not one matrix, bias and threshold")
+    if architecture not in (*_SLICED, *COMPETING):
+        reason = REFUSED.get(architecture, "its encoder is not known")
         raise UserError(
-            f"the SAE's architecture must be standard or jumprelu, got {architecture!r}, which "
-            f"cannot be sliced because {reason}; use a standard or JumpReLU SAE."
+            f"the SAE's architecture must be one of {', '.join((*_SLICED, *COMPETING))}, got "
+            f"{architecture!r}, which a guard cannot use because {reason}; use another SAE."
         )
-    if sae.cfg.normalize_activations not in _FOLDED_NORMALIZATIONS:
+    if sae.cfg.normalize_activations not in _NORMALIZATIONS:
         raise UserError(
-            "the SAE's normalize_activations must be 'none' or folded into its weights, got "
-            f"{sae.cfg.normalize_activations!r}, which depends on each token; use another SAE."
+            "the SAE's normalize_activations must be none, layer_norm or constant_norm_rescale, "
+            f"got {sae.cfg.normalize_activations!r}, whose statistics are in no weight of it; fold "
+            "it into the weights with SAELens's fold_activation_... methods."
         )
-    if sae.cfg.reshape_activations != "none" or not isinstance(sae.activation_fn, nn.ReLU):
+    relu = architecture in COMPETING or isinstance(sae.activation_fn, nn.ReLU)
+    if sae.cfg.reshape_activations != "none" or not relu:
         raise UserError(
             "the SAE must read the residual stream through a ReLU, got reshape_activations "
             f"{sae.cfg.reshape_activations!r} and {type(sae.activation_fn).__name__}; use an SAE "
             "of a residual-stream hook point."
-        )
-
-
-def _check_ids(feature_ids: list[int], d_sae: int | None = None) -> None:
-    bound = f" and below d_sae {d_sae}" if d_sae is not None else ""
-    bad = [i for i in feature_ids if i < 0 or (d_sae is not None and i >= d_sae)]
-    if not feature_ids or bad or len(set(feature_ids)) != len(feature_ids):
-        raise UserError(
-            f"`feature_ids` must be at least one id, unique, not negative{bound}, got "
-            f"{bad or feature_ids}; correct the list."
         )

@@ -1,31 +1,38 @@
-"""Several guards at one hook point, one per forget request."""
+"""Several guards at once: several forget requests, or several layers."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import get_args
 
 import torch
 from torch import nn
 
 from dsg.attachment import Attachment, Continuation, DecisionRule, attach
-from dsg.errors import UserError
+from dsg.errors import UserError, check_choice
 from dsg.guard import Guard
+from dsg.panel import Policy
 
 
 class GuardStack(nn.Module):
-    """Guards that read the same unedited stream and decide independently of each other.
+    """Guards of one or several hook points, whose decisions do not depend on each other there.
 
-    Each triggered guard makes its own edit. Where several would write the same feature of the same
-    token, the oldest of those that write there does, once.
+    All guards of a hook point read the same unedited stream; those of later layers read what
+    earlier ones have edited. Where several would write the same feature of the same token, the
+    oldest of those that write there does, once.
 
     Args:
         guards: Oldest first.
+        policy: Who edits a sequence: each guard by its `own` decision, all of them once `any` has
+            decided so, or once a `majority` has; guards of layers that are yet to run have no vote.
 
     Raises:
-        UserError: If guards differ in hook point or come from different SAEs.
+        UserError: If guards of one hook point come from different SAEs, or the policy is unknown.
     """
 
-    def __init__(self, guards: Iterable[Guard] = ()) -> None:
+    def __init__(self, guards: Iterable[Guard] = (), policy: Policy = "own") -> None:
         super().__init__()
+        check_choice("policy", policy, get_args(Policy))
+        self.policy: Policy = policy
         self._guards = nn.ModuleList()
         for guard in guards:
             self.append(guard)
@@ -45,12 +52,8 @@ class GuardStack(nn.Module):
             UserError: If it does not fit the others.
         """
         for other in self.guards:
-            if other.hook_point != guard.hook_point:
-                raise UserError(
-                    f"guards of a stack must share one hook point, got {other.hook_point!r} and "
-                    f"{guard.hook_point!r}; build both at the same one."
-                )
-            _check_same_sae(other, guard)
+            if other.hook_point == guard.hook_point:
+                _check_same_sae(other, guard)
         self._guards.append(guard)
 
     def attached(
@@ -60,17 +63,18 @@ class GuardStack(nn.Module):
         continuation: Continuation = "running",
     ) -> AbstractContextManager[Attachment]:
         """Guards the model inside a `with` block; see `dsg.attachment.attach`."""
-        return attach(self.guards, model, decision, continuation)
+        return attach(self.guards, model, decision, continuation, self.policy)
 
 
 def _check_same_sae(older: Guard, younger: Guard) -> None:
     # Equal ids mean equal features only within one SAE.
-    for column, feature_id in enumerate(younger.feature_ids):
-        if feature_id in older.feature_ids:
+    older_ids = older.features.feature_ids.tolist()
+    for column, feature_id in enumerate(younger.features.feature_ids.tolist()):
+        if feature_id in older_ids:
             mine = younger.features.W_dec[column]
-            theirs = older.features.W_dec[older.feature_ids.index(feature_id)]
+            theirs = older.features.W_dec[older_ids.index(feature_id)]
             if not torch.equal(mine.cpu(), theirs.cpu()):
                 raise UserError(
-                    "guards of a stack must come from one SAE, but feature "
+                    "guards of one hook point must come from one SAE, but feature "
                     f"{feature_id} has different decoder rows; rebuild them with the same SAE."
                 )

@@ -78,6 +78,46 @@ def jumprelu_sae(d_in: int = D_MODEL, d_sae: int = 24, seed: int = 0, **config: 
     return sae
 
 
+def gated_sae(d_in: int = D_MODEL, d_sae: int = 24, seed: int = 0, **config: object):
+    """A GatedSAE with random weights, two biases and magnitude scales around 1."""
+    from sae_lens import GatedSAE, GatedSAEConfig
+
+    sae = _fill(GatedSAE(GatedSAEConfig(d_in=d_in, d_sae=d_sae, **config)), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name in ("b_gate", "b_mag", "r_mag"):
+        getattr(sae, name).data = (0.3 * torch.randn(d_sae, generator=generator)).to(sae.dtype)
+    return sae
+
+
+def topk_sae(d_in: int = D_MODEL, d_sae: int = 24, seed: int = 0, k: int = 4, **config: object):
+    """A TopKSAE with random weights."""
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    return _fill(TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=k, **config)), seed)
+
+
+def matching_pursuit_sae(d_in: int = D_MODEL, d_sae: int = 24, seed: int = 0, **config: object):
+    """A MatchingPursuitSAE with unit decoder rows that stops after a few features."""
+    from sae_lens import MatchingPursuitSAE, MatchingPursuitSAEConfig
+
+    settings = {"max_iterations": 4, "residual_threshold": 0.5, **config}
+    sae = MatchingPursuitSAE(MatchingPursuitSAEConfig(d_in=d_in, d_sae=d_sae, **settings))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(d_sae, d_in, generator=generator, dtype=torch.float64)
+    sae.W_dec.data = (rows / rows.norm(dim=-1, keepdim=True)).to(sae.dtype)
+    sae.b_dec.data = (0.3 * torch.randn(d_in, generator=generator)).to(sae.dtype)
+    return sae
+
+
+SAE_BUILDERS = {
+    "standard": standard_sae,
+    "jumprelu": jumprelu_sae,
+    "gated": gated_sae,
+    "topk": topk_sae,
+    "matching_pursuit": matching_pursuit_sae,
+}
+
+
 def identity_sae(d_in: int = D_MODEL, **config: object):
     """A StandardSAE whose feature j is the positive part of residual coordinate j."""
     from sae_lens import StandardSAE, StandardSAEConfig
@@ -100,6 +140,8 @@ def _fill(sae, seed: int):
     generator = torch.Generator().manual_seed(seed)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         parameter = getattr(sae, name)
+        if parameter is None:  # a gated SAE has other encoder biases
+            continue
         scale = 1.0 if name.startswith("W") else 0.3
         parameter.data = (scale * torch.randn(parameter.shape, generator=generator)).to(sae.dtype)
     return sae

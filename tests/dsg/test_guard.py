@@ -39,7 +39,10 @@ def test_threshold_survives_a_cast_to_bfloat16():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"threshold": 1.5}, r"`threshold` must be a density in \[0, 1\], got 1.5"),
+        (
+            {"threshold": 1.5},
+            r"`threshold` must be a density in \[0, 1\] for the gate 'density', got 1.5",
+        ),
         ({"threshold": float("nan")}, "`threshold` must be a density"),
         ({"clamp_value": float("inf")}, "`clamp_value` must be finite"),
         ({"clamp_scope": "some"}, r"`clamp_scope` must be one of \['all', 'active'\], got 'some'"),

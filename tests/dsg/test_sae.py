@@ -1,27 +1,87 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens import (
+    AbsTopKSAE,
+    AbsTopKSAEConfig,
+    TemporalSAE,
+    TemporalSAEConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 
 from dsg.errors import UserError
-from dsg.sae import FeatureSlice, load_sae, slice_features
-from tests.helpers import identity_sae, jumprelu_sae, standard_sae
+from dsg.features import FeatureSlice, rebuild_features
+from dsg.sae import REFUSED, describe_sae, load_sae, slice_features
+from tests.helpers import SAE_BUILDERS, identity_sae, jumprelu_sae, standard_sae
 
 BUILDERS = {"standard": standard_sae, "jumprelu": jumprelu_sae}
+NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale"]
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", SAE_BUILDERS)
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
-def test_slice_equals_the_full_encoder(architecture, apply_b_dec_to_input):
-    sae = BUILDERS[architecture](apply_b_dec_to_input=apply_b_dec_to_input, dtype="float64")
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("rescale", [True, False])
+def test_features_equal_the_full_sae(architecture, apply_b_dec_to_input, normalization, rescale):
+    if architecture == "topk":
+        extra = {"rescale_acts_by_decoder_norm": rescale}
+    elif rescale:
+        extra = {}
+    else:
+        return  # only a top-k SAE has this setting
+    sae = SAE_BUILDERS[architecture](
+        apply_b_dec_to_input=apply_b_dec_to_input,
+        normalize_activations=normalization,
+        dtype="float64",
+        **extra,
+    )
     ids = [7, 0, 23, 4]
-    h = torch.randn(3, 5, 16, dtype=torch.float64)
+    h = 3 * torch.randn(3, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     features = slice_features(sae, ids)
-    torch.testing.assert_close(features.encode(h), sae.encode(h)[..., ids])
-    assert torch.equal(features.W_dec, sae.W_dec[ids])
+    z = sae.encode(h)
+    reconstruction = sae.decode(z)
+    assert (z[..., ids] > 0).any()
+    torch.testing.assert_close(features.encode(h), z[..., ids], atol=1e-12, rtol=1e-9)
     assert (features.num_features, features.d_in) == (4, 16)
+
+    # What the decoder makes of changed activations, by the SAE itself and from the features alone.
+    changed = sae.encode(h).clone()  # encoding again: SAELens forgets the norms once it decodes
+    changed[..., ids] = -7.0
+    expected = sae.decode(changed) - reconstruction
+    delta = (-7.0 - z[..., ids]) @ features.W_dec
+    scale = features.output_scale(h)
+    assert (scale is None) == (normalization == "none")
+    torch.testing.assert_close(delta if scale is None else delta * scale, expected)
+
+
+@pytest.mark.parametrize("architecture", SAE_BUILDERS)
+def test_features_survive_saving(architecture):
+    features = slice_features(SAE_BUILDERS[architecture](), [3, 1])
+    encoder = json.loads(json.dumps(features.encoder))
+    again = rebuild_features(features.state_dict(), encoder)
+    h = torch.randn(4, 16)
+    assert torch.equal(again.encode(h), features.encode(h))
+    assert list(again.parameters()) == []
+    assert list(features.parameters()) == []
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(sorted(SAE_BUILDERS)), st.sampled_from(NORMALIZATIONS))
+def test_activations_do_not_depend_on_the_other_tokens(seed, architecture, normalization):
+    sae = SAE_BUILDERS[architecture](seed=seed, normalize_activations=normalization)
+    features = slice_features(sae, [3, 1, 20])
+    h = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
+    one_by_one = torch.stack([features.encode(row) for row in h])
+    torch.testing.assert_close(features.encode(h), one_by_one, atol=1e-5, rtol=1e-5)
+    shuffled = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(
+        features.encode(h[shuffled]), one_by_one[shuffled], atol=1e-5, rtol=1e-5
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -58,6 +118,8 @@ def test_slice_has_buffers_only_and_does_not_share_the_sae():
         "W_enc",
         "b_enc",
         "activation_threshold",
+        "magnitude_scale",
+        "magnitude_bias",
         "W_dec",
     }
     before = features.W_dec.clone()
@@ -96,18 +158,75 @@ def test_bad_ids_are_refused(ids):
         slice_features(standard_sae(), ids)
 
 
-def test_topk_is_refused_by_name_with_the_reason():
-    sae = TopKSAE(TopKSAEConfig(d_in=16, d_sae=24, k=2))
-    with pytest.raises(UserError, match="got 'topk', which cannot be sliced because whether a"):
-        slice_features(sae, [0])
+def training_sae(name):
+    import sae_lens
+
+    return getattr(sae_lens, name)(getattr(sae_lens, f"{name}Config")(d_in=16, d_sae=24))
 
 
-def test_runtime_normalisation_is_refused_and_folded_one_accepted():
-    with pytest.raises(UserError, match=r"normalize_activations .* got 'layer_norm'"):
-        slice_features(standard_sae(normalize_activations="layer_norm"), [0])
-    sae = standard_sae(normalize_activations="expected_average_only_in")
-    h = torch.randn(3, 16)
-    torch.testing.assert_close(slice_features(sae, [2]).encode(h), sae.encode(h)[..., [2]])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: AbsTopKSAE(AbsTopKSAEConfig(d_in=16, d_sae=24, k=2)),
+            "'abstopk', which a guard cannot use because its activations can be negative",
+        ),
+        (
+            lambda: TemporalSAE(
+                TemporalSAEConfig(16, 24, n_heads=1, bottleneck_factor=1, kval_topk=2)
+            ),
+            "'temporal', which a guard cannot use because its activations depend on the other",
+        ),
+        (
+            lambda: Transcoder(TranscoderConfig(16, 24, d_out=16, apply_b_dec_to_input=False)),
+            "'transcoder', which a guard cannot use because it reads one place",
+        ),
+        (
+            lambda: training_sae("BatchTopKTrainingSAE"),
+            "'batchtopk', which .* save it for inference, which makes a JumpReLU SAE",
+        ),
+        (
+            lambda: standard_sae(normalize_activations="covariance_whitening"),
+            "got 'covariance_whitening', whose statistics are in no weight",
+        ),
+        (
+            lambda: standard_sae(normalize_activations="expected_average_only_in"),
+            "got 'expected_average_only_in', whose statistics are in no weight",
+        ),
+        (
+            lambda: standard_sae(reshape_activations="hook_z"),
+            "must read the residual stream through a ReLU, got reshape_activations 'hook_z'",
+        ),
+    ],
+)
+def test_unsupported_saes_are_refused_by_name_with_the_reason(make, reason):
+    with pytest.raises(UserError, match=reason):
+        slice_features(make(), [0])
+
+
+def test_every_architecture_of_saelens_is_known():
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    assert set(SAE_CLASS_REGISTRY) <= {*SAE_BUILDERS, *REFUSED}
+
+
+def test_batch_topk_saved_for_inference_is_sliced(tmp_path):
+    trained = training_sae("BatchTopKTrainingSAE")
+    trained.topk_threshold.fill_(0.4)
+    trained.save_inference_model(tmp_path)
+    sae = load_sae(str(tmp_path))
+    assert sae.cfg.architecture() == "jumprelu"
+    h = torch.randn(5, 16)
+    torch.testing.assert_close(slice_features(sae, [0, 9]).encode(h), sae.encode(h)[..., [0, 9]])
+
+
+def test_a_description_tells_saes_apart(tmp_path):
+    sae = standard_sae()
+    sae.save_model(tmp_path)
+    loaded = describe_sae(load_sae(str(tmp_path)))
+    assert loaded["sha256"] == describe_sae(sae)["sha256"] != describe_sae(standard_sae(seed=1))
+    assert loaded["loaded_from"] == [str(tmp_path), None]
+    assert (loaded["architecture"], loaded["d_sae"]) == ("standard", 24)
 
 
 def test_mismatched_and_non_finite_tensors_are_refused():

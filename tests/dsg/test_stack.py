@@ -99,8 +99,8 @@ def test_generation_under_a_stack_follows_each_guards_own_state():
 
 def test_guards_that_do_not_fit_are_refused():
     stack = GuardStack([make_guard(SAE)])
-    with pytest.raises(UserError, match=r"share one hook point, got 'blocks\.1"):
-        stack.append(make_guard(SAE, hook_point="blocks.2.hook_resid_post"))
+    with pytest.raises(UserError, match="`policy` must be one of"):
+        GuardStack(policy="all")
     with pytest.raises(UserError, match="feature 3 has different decoder rows"):
         stack.append(make_guard(standard_sae(seed=5, dtype="float64")))
     assert len(stack) == 1
