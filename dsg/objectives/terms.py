@@ -1,0 +1,102 @@
+"""What all unlearning objectives share: their result, the retain term, and their checks.
+
+An objective is called with the model, a forget and a retain batch and returns a `Loss`. Its weights
+are named alike everywhere: `gamma` weighs the forget term, `alpha` the retain term.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsg.errors import UserError, check_choice
+from dsg.objectives.likelihood import mean_kl, mean_nll, next_token_logits
+from dsg.reference import Reference
+from dsg.tokens import TokenBatch
+
+RetainTerm = Literal["none", "nll", "kl"]
+
+
+class Loss(NamedTuple):
+    """What is minimised and its two parts before weighting; a part that is not used is 0."""
+
+    total: Float[Tensor, ""]
+    forget: Float[Tensor, ""]
+    retain: Float[Tensor, ""]
+
+
+def retain_loss(
+    term: RetainTerm, model: nn.Module, batch: TokenBatch, reference: Reference | None
+) -> Float[Tensor, ""]:
+    """The retain term of a batch.
+
+    Args:
+        term: `none` is 0 and runs nothing; `nll` is the negative log-likelihood per target; `kl`
+            is KL(reference || model) per target, both in nats.
+        model: The model that is trained.
+        batch: Retain text.
+        reference: Needed for `kl`.
+    """
+    if term == "none":
+        return torch.zeros((), device=batch.input_ids.device)
+    logits = next_token_logits(model, batch)
+    if term == "nll":
+        return mean_nll(logits, batch)
+    assert reference is not None
+    return mean_kl(reference.logits(batch), logits, batch)
+
+
+def weighted(
+    forget: Float[Tensor, ""], retain: Float[Tensor, ""], gamma: float, alpha: float
+) -> Loss:
+    """`gamma * forget + alpha * retain` with its parts."""
+    return Loss(gamma * forget + alpha * retain, forget, retain)
+
+
+def check_positive(**values: float) -> None:
+    """Refuses numbers that are not positive and finite.
+
+    Raises:
+        UserError: If one is not; it is named after its keyword.
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"`{name}` must be positive and finite, got {value}; raise it above 0.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuses numbers that are negative or not finite.
+
+    Raises:
+        UserError: If one is; it is named after its keyword.
+    """
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise UserError(
+                f"`{name}` must be at least 0 and finite, got {value}; use 0 for none of it."
+            )
+
+
+def check_retain(term: str, reference: Reference | None, objective: str) -> None:
+    """Refuses an unknown retain term, and `kl` without a reference.
+
+    Raises:
+        UserError: If it is either.
+    """
+    check_choice("retain", term, ("none", "nll", "kl"))
+    if term == "kl":
+        check_reference(reference, f"{objective} with the retain term 'kl'")
+
+
+def check_reference(reference: Reference | None, objective: str) -> None:
+    """Refuses a missing reference.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if reference is None:
+        raise UserError(
+            f"`reference` must be given for {objective}, got None; choose AdapterOff or FrozenCopy."
+        )
