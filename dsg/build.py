@@ -1,33 +1,22 @@
-"""From texts to a calibrated guard: statistics, selection, calibration, held-out check."""
+"""From texts to a calibrated guard, in plain Python."""
 
-import hashlib
-import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dsg.calibration import calibrate_threshold, false_positive_rate
 from dsg.edit import ClampScope
 from dsg.errors import UserError
 from dsg.guard import ClampUnit, Guard
-from dsg.hooks import check_width, resolve_hook_point, unwrap
-from dsg.sae import slice_features
-from dsg.selection import select_fisher_ratio
-from dsg.statistics import Importance, collect_statistics, corpus_batches
-from dsg.tokens import uncounted_token_ids
+from dsg.hooks import unwrap
+from dsg.making import GuardMaker
+from dsg.recipes import GuardSettings
+from dsg.splits import FORGET_FRACTIONS, RETAIN_FRACTIONS, check_disjoint, split_by_hash
+from dsg.statistics import Importance
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-RETAIN_FRACTIONS = (0.5, 0.25, 0.25)
-FORGET_FRACTIONS = (0.75, 0.25)
-_LIBRARIES = ("dynamic-sae-guardrails", "torch", "transformers", "sae-lens")
 
 
 def build_guard(
@@ -82,115 +71,31 @@ def build_guard(
         UserError: If SAE, model and hook point do not fit, a split is empty, splits share a text,
             or an argument is out of range.
     """
-    check_width(model, sae.cfg.d_in)
-    resolve_hook_point(model, hook_point)
     splits = _split(forget_texts, retain_texts, calibration_texts, heldout_texts)
-
-    def collect(texts: list[str]) -> Any:
-        batches = corpus_batches(tokenizer, texts, max_length, batch_size)
-        return collect_statistics(model, sae, hook_point, batches)
-
-    selection = select_fisher_ratio(
-        collect(splits["forget_selection"]),
-        collect(splits["retain_selection"]),
-        num_features,
-        ratio_percentile,
-        importance,
-    )
-    guard = Guard(
-        slice_features(sae, selection.feature_ids).on(torch.device("cpu")),
+    settings = GuardSettings(
         hook_point=hook_point,
-        uncounted_ids=uncounted_token_ids(tokenizer),
-        pad_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else None,
-        threshold=1.0,
+        sae=str((sae.cfg.metadata.loaded_from or ["given"])[0]),
+        num_features=num_features,
+        ratio_percentile=ratio_percentile,
+        threshold_percentile=threshold_percentile,
         clamp_value=clamp_value,
         clamp_scope=clamp_scope,
         clamp_unit=clamp_unit,
-        residual_norm=collect(splits["retain_calibration"]).mean_residual_norm(),
+        importance=importance,
+        max_length=max_length,
+        batch_size=batch_size,
     )
-    densities = {
-        name: text_densities(guard, model, tokenizer, texts, max_length, batch_size)
-        for name, texts in splits.items()
-        if name in ("retain_calibration", "retain_heldout", "forget_heldout")
-    }
-    threshold = calibrate_threshold(densities["retain_calibration"], threshold_percentile)
-    facts = {
-        "model": unwrap(model).config.name_or_path or type(unwrap(model)).__name__,
-        "versions": {name: _version(name) for name in _LIBRARIES},
-        "num_texts": {name: len(texts) for name, texts in splits.items()},
-        "sha256_of_texts": {name: texts_digest(texts) for name, texts in splits.items()},
-        "selection": {
-            **asdict(selection),
-            "rule": "fisher_ratio",
-            "num_features": num_features,
-            "ratio_percentile": ratio_percentile,
-            "importance": importance,
-        },
-        "threshold_percentile": threshold_percentile,
-        "false_positive_rate": asdict(false_positive_rate(densities["retain_heldout"], threshold)),
-        "mean_residual_norm": guard.residual_norm,
-        "max_length": max_length,
-    }
-    if splits["forget_heldout"]:
-        triggered = false_positive_rate(densities["forget_heldout"], threshold)
-        facts["forget_trigger_rate"] = asdict(triggered)
-    return guard.replace(threshold=threshold, facts=facts)
-
-
-def split_by_hash(texts: Iterable[str], fractions: Sequence[float]) -> list[list[str]]:
-    """Splits texts by their SHA-256, so that a text's split never depends on the other texts.
-
-    Case and spacing do not enter the hash: a reformatted passage stays in its split.
-
-    Args:
-        texts: Texts in any order; equal texts share a split.
-        fractions: Expected share of each split, at least 0, summing to 1.
-
-    Returns:
-        The texts of each split, in the given order; sizes follow the fractions only on average.
-
-    Raises:
-        UserError: If the fractions are negative or do not sum to 1.
-    """
-    if min(fractions, default=-1.0) < 0 or abs(sum(fractions) - 1.0) > 1e-9:
-        raise UserError(f"`fractions` must be at least 0 and sum to 1, got {list(fractions)}.")
-    bounds = list(itertools.accumulate(fractions))[:-1]
-    splits: list[list[str]] = [[] for _ in fractions]
-    for text in texts:
-        place = int.from_bytes(_sha256(_normalised(text)).digest()[:8], "big") / 2**64
-        splits[sum(place >= bound for bound in bounds)].append(text)
-    return splits
-
-
-def text_densities(
-    guard: Guard,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    max_length: int | None,
-    batch_size: int,
-) -> Float[Tensor, " n"]:
-    """Density of each text in the unedited model, shortest text first, on the CPU.
-
-    Args:
-        guard: Whose features are counted.
-        model: The language model, possibly wrapped.
-        tokenizer: Its tokenizer.
-        texts: One sequence each.
-        max_length: Longest sequence, in tokens.
-        batch_size: Sequences per forward pass.
-    """
-    batches = corpus_batches(tokenizer, texts, max_length, batch_size)
-    densities = [
-        guard.density(model, **batch.model_inputs(), token_mask=batch.token_mask).cpu()
-        for batch in batches
-    ]
-    return torch.cat(densities) if densities else torch.zeros(0, dtype=torch.float64)
-
-
-def texts_digest(texts: Iterable[str]) -> str:
-    """SHA-256 over the SHA-256 of each text, whatever their order."""
-    return _sha256("".join(sorted(_sha256(text).hexdigest() for text in texts))).hexdigest()
+    maker = GuardMaker(
+        settings,
+        unwrap(model),
+        tokenizer,
+        sae,
+        splits["retain_selection"],
+        splits["retain_calibration"],
+        splits["retain_heldout"],
+    )
+    forget = {name: splits[name] for name in ("forget_selection", "forget_heldout")}
+    return maker.make(maker.statistics(splits["forget_selection"]), forget)
 
 
 def _split(
@@ -218,33 +123,5 @@ def _split(
                 f"the split {name!r} must hold at least one text, got none; pass more "
                 f"{name.split('_')[0]} texts."
             )
-    _check_disjoint(splits)
+    check_disjoint(splits)
     return splits
-
-
-def _check_disjoint(splits: dict[str, list[str]]) -> None:
-    seen: dict[str, str] = {}
-    for name, texts in splits.items():
-        # Within a split, repetitions are the user's weighting.
-        for text in dict.fromkeys(map(_normalised, texts)):
-            if text in seen:
-                raise UserError(
-                    f"splits must not share a text, got {text[:60]!r} in {seen[text]!r} and "
-                    f"{name!r}; remove it from one of the lists."
-                )
-            seen[text] = name
-
-
-def _normalised(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
-def _sha256(text: str) -> Any:
-    return hashlib.sha256(text.encode())
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None

@@ -1,28 +1,56 @@
-"""DSG and its controls as settings of one guard: another selection, gate or edit, no other code."""
+"""DSG and its relatives as settings of one guard: other parts, no other code path."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
 
-from dsg.build import text_densities
-from dsg.calibration import calibrate_threshold, false_positive_rate
-from dsg.guard import Guard
-from dsg.sae import slice_features
-from dsg.selection import Selection, select_fisher_ratio, select_frequency, select_random
-from dsg.statistics import FeatureStatistics, collect_statistics, corpus_batches
-from dsg.tokens import uncounted_token_ids
+from dsg.edit import ClampScope, Edit
+from dsg.errors import UserError, check_choice
+from dsg.gate import GateKind
+from dsg.guard import ClampUnit
+from dsg.selection import (
+    Selection,
+    select_fisher_ratio,
+    select_frequency,
+    select_ids,
+    select_random,
+)
+from dsg.statistics import FeatureStatistics, Importance
 
-if TYPE_CHECKING:
-    from sae_lens import SAE
+Method = Literal[
+    "dsg", "dsg_near", "static_clamp", "farrell", "clamp_prime", "refusal_clamp", "random"
+]
+SelectionRule = Literal["fisher_ratio", "frequency", "ids", "random"]
 
-Method = Literal["dsg", "dsg_near", "static_clamp", "farrell", "random"]
 
-UNGATED = ("static_clamp", "farrell")
+@dataclass(frozen=True)
+class Parts:
+    """What a method is made of.
+
+    Attributes:
+        selection: Which features.
+        gate: Which sequences.
+        edit: What is written.
+        clamp_scope: Where it is written.
+    """
+
+    selection: SelectionRule
+    gate: GateKind
+    edit: Edit
+    clamp_scope: ClampScope
+
+
+RECIPES: dict[Method, Parts] = {
+    "dsg": Parts("fisher_ratio", "density", "clamp", "all"),
+    "dsg_near": Parts("fisher_ratio", "density", "clamp", "all"),
+    "static_clamp": Parts("fisher_ratio", "token", "clamp", "all"),
+    "farrell": Parts("frequency", "token", "clamp", "active"),
+    "clamp_prime": Parts("frequency", "token", "clamp", "active"),
+    "refusal_clamp": Parts("frequency", "token", "refusal", "active"),
+    "random": Parts("random", "density", "clamp", "all"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,125 +66,121 @@ class GuardSettings:
     method: Method = "dsg"
     """`dsg`; `dsg_near`: calibrated with the near domain and other hazards as well;
     `static_clamp`: DSG's features without the gate; `farrell`: selection by firing frequency, no
-    gate, only active features clamped; `random`: features matched in forget frequency."""
+    gate, only active features clamped; `clamp_prime`: the same parts, with fewer features and a
+    larger value in its paper; `refusal_clamp`: writes another feature instead; `random`: features
+    matched in forget frequency."""
+    selection: SelectionRule | None = None
+    """Which features: `fisher_ratio`, `frequency`, `ids` or `random`. None takes the method's."""
+    gate: GateKind | None = None
+    """Which sequences: `density`, `window`, `cusum` or `token` (all). None takes the method's."""
+    edit: Edit | None = None
+    """`clamp` the selected features, or write another one (`refusal`). None takes the method's."""
     num_features: int = 20
     """Features to select."""
     ratio_percentile: float = 95.0
     """Percentile of the forget/retain score ratio that a feature must reach."""
     threshold_percentile: float = 95.0
-    """Percentile of the retain densities that becomes the threshold."""
+    """Percentile of the gate's statistic on retain texts that becomes the threshold."""
     clamp_value: float = -500.0
     """Value written to the features, in units of `clamp_unit`."""
-    clamp_scope: Literal["all", "active"] = "all"
-    """Clamp all selected features of a token where any is active, or only the active ones."""
-    clamp_unit: Literal["activation", "residual_norm"] = "activation"
+    clamp_scope: ClampScope | None = None
+    """Clamp all selected features of a token where any is active, or only the active ones. None
+    takes the method's."""
+    clamp_unit: ClampUnit = "activation"
     """Unit of `clamp_value`: activations, or multiples of the mean residual norm."""
-    importance: Literal["mean_square", "squared_mean"] = "mean_square"
+    trigger_limit: float = 0.0
+    """Activation above which the edit takes a feature as active."""
+    importance: Importance = "mean_square"
     """The paper's score, or that of its released code."""
     max_retain_frequency: float = 0.01
-    """Method `farrell`: features that fire on a larger share of retain tokens are dropped."""
+    """Selection `frequency`: features that fire on a larger share of retain tokens are dropped."""
+    feature_ids: list[int] | None = None
+    """Selection `ids`: the features, most important first."""
+    refusal_id: int | None = None
+    """Edit `refusal`: the feature to write. None takes the one with the highest mean square on
+    retain text of those that are not selected."""
+    window_size: int = 32
+    """Gate `window`: counted tokens of a window."""
     draw: int = 0
-    """Method `random`: seed of the draw."""
-    max_length: int = 1024
+    """Selection `random`: seed of the draw."""
+    max_length: int | None = 1024
     """Tokens of a text that are read."""
     batch_size: int = 32
     """Texts per forward pass."""
     artifact: str | None = None
     """Folder of a saved guard, which is then used as it is."""
 
+    def parts(self) -> Parts:
+        """The method's parts, but for those that are given.
 
-class GuardMaker:
-    """Makes guards for one model and SAE; retain statistics are collected once for all of them.
+        Raises:
+            UserError: The method is unknown.
+        """
+        check_choice("method", self.method, tuple(RECIPES))
+        recipe = RECIPES[self.method]
+        return Parts(
+            self.selection or recipe.selection,
+            self.gate or recipe.gate,
+            self.edit or recipe.edit,
+            self.clamp_scope or recipe.clamp_scope,
+        )
 
-    What `dsg.build_guard` does in one go, for another rule of selection, without a gate, or from
-    statistics that were summed up elsewhere.
+
+def choose_features(
+    settings: GuardSettings, forget: FeatureStatistics, retain: FeatureStatistics
+) -> Selection:
+    """Selects features by the settings' rule.
 
     Args:
-        settings: Which guard to make.
-        model: The unguarded causal LM.
-        tokenizer: Its tokenizer.
-        sae: The SAE that `settings` name.
-        retain_texts: Retain texts for the selection of features.
-        calibration_texts: Retain texts that set the threshold.
-        heldout_texts: Retain texts on which the false-positive rate is measured.
+        settings: The rule and its numbers.
+        forget: Statistics of forget text.
+        retain: Statistics of retain text.
+
+    Raises:
+        UserError: No feature is left, or a setting is missing or out of range.
     """
-
-    def __init__(
-        self,
-        settings: GuardSettings,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sae: "SAE[Any]",
-        retain_texts: Sequence[str],
-        calibration_texts: Sequence[str],
-        heldout_texts: Sequence[str],
-    ) -> None:
-        self.settings = settings
-        self.model = model
-        self.tokenizer = tokenizer
-        self.sae = sae
-        self.calibration_texts = calibration_texts
-        self.heldout_texts = heldout_texts
-        self.retain = self.statistics(retain_texts)
-        self.calibration = self.statistics(calibration_texts)
-
-    def statistics(self, texts: Sequence[str]) -> FeatureStatistics:
-        """Statistics of texts at the hook point."""
-        settings = self.settings
-        batches = corpus_batches(self.tokenizer, texts, settings.max_length, settings.batch_size)
-        return collect_statistics(self.model, self.sae, settings.hook_point, batches)
-
-    def select(self, forget: FeatureStatistics) -> Selection:
-        """Choose features by the rule of the method."""
-        settings = self.settings
-        if settings.method == "farrell":
-            return select_frequency(
-                forget, self.retain, settings.num_features, settings.max_retain_frequency
-            )
-        selection = select_fisher_ratio(
-            forget,
-            self.retain,
-            settings.num_features,
-            settings.ratio_percentile,
-            settings.importance,
+    rule = settings.parts().selection
+    if rule == "frequency":
+        return select_frequency(
+            forget, retain, settings.num_features, settings.max_retain_frequency
         )
-        if settings.method == "random":
-            return select_random(forget, selection, settings.draw)
-        return selection
+    if rule == "ids":
+        if settings.feature_ids is None:
+            raise UserError("`feature_ids` must be given for the selection 'ids', got None.")
+        return select_ids(forget, retain, settings.feature_ids)
+    selection = select_fisher_ratio(
+        forget,
+        retain,
+        settings.num_features,
+        settings.ratio_percentile,
+        settings.importance,
+    )
+    return select_random(forget, selection, settings.draw) if rule == "random" else selection
 
-    def make(self, forget: FeatureStatistics) -> Guard:
-        """Make the guard for the forget text behind these statistics, on the CPU."""
-        settings = self.settings
-        selection = self.select(forget)
-        pad_id = self.tokenizer.pad_token_id
-        guard = Guard(
-            slice_features(self.sae, selection.feature_ids).on(torch.device("cpu")),
-            hook_point=settings.hook_point,
-            uncounted_ids=uncounted_token_ids(self.tokenizer),
-            pad_id=pad_id if isinstance(pad_id, int) else None,
-            threshold=1.0,
-            clamp_value=settings.clamp_value,
-            clamp_scope="active" if settings.method == "farrell" else settings.clamp_scope,
-            clamp_unit=settings.clamp_unit,
-            residual_norm=self.calibration.mean_residual_norm(),
-            gate="token" if settings.method in UNGATED else "density",
-        )
-        threshold = calibrate_threshold(
-            self._densities(guard, self.calibration_texts), settings.threshold_percentile
-        )
-        rate = false_positive_rate(self._densities(guard, self.heldout_texts), threshold)
-        return guard.replace(
-            threshold=threshold,
-            facts={
-                "settings": asdict(settings),
-                "selection": asdict(selection),
-                "num_calibration_sequences": len(self.calibration_texts),
-                "false_positive_rate": asdict(rate),
-            },
-        )
 
-    def _densities(self, guard: Guard, texts: Sequence[str]) -> Float[Tensor, " n"]:
-        settings = self.settings
-        return text_densities(
-            guard, self.model, self.tokenizer, texts, settings.max_length, settings.batch_size
+def refusal_feature(
+    settings: GuardSettings, retain: FeatureStatistics, selected: Sequence[int]
+) -> int:
+    """The feature that the edit `refusal` writes.
+
+    Its paper names one feature of one SAE and gives no rule. The strongest feature of ordinary text
+    is a direction that the rest of the model relies on, and needs no labels.
+
+    Args:
+        settings: May name it.
+        retain: Statistics of retain text.
+        selected: The features that trigger it.
+
+    Raises:
+        UserError: The named feature triggers itself.
+    """
+    if settings.refusal_id is None:
+        scores = retain.score().numpy().copy()
+        scores[list(selected)] = -1.0
+        return int(np.argmax(scores))
+    if settings.refusal_id in selected:
+        raise UserError(
+            f"`refusal_id` must not be one of the selected features, got {settings.refusal_id}; "
+            "choose another one."
         )
+    return settings.refusal_id

@@ -1,11 +1,13 @@
 """Choosing the features that carry what is to be forgotten."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dsg.errors import UserError
+from dsg.features import check_feature_ids
 from dsg.statistics import FeatureStatistics, Importance
 
 logger = logging.getLogger(__name__)
@@ -104,6 +106,26 @@ def select_frequency(
     kept = (retain.frequency().numpy() <= max_retain_frequency) & (frequency > 0)
     scores, ratios = _scores(forget, retain, "mean_square")
     return _take(kept, frequency, scores, ratios, num_features)
+
+
+def select_ids(
+    forget: FeatureStatistics, retain: FeatureStatistics, feature_ids: Sequence[int]
+) -> Selection:
+    """Takes features that somebody has chosen, such as by reading their descriptions.
+
+    Args:
+        forget: Statistics of forget text.
+        retain: Statistics of retain text.
+        feature_ids: Ids in the SAE, most important first.
+
+    Raises:
+        UserError: If ids repeat or are out of range.
+    """
+    _check_arguments(forget, retain, len(feature_ids))
+    check_feature_ids(feature_ids, forget.d_sae)
+    scores, ratios = _scores(forget, retain, "mean_square")
+    ids = list(feature_ids)
+    return Selection(tuple(ids), tuple(scores[ids].tolist()), tuple(ratios[ids].tolist()))
 
 
 def select_random(forget: FeatureStatistics, matched_to: Selection, seed: int) -> Selection:

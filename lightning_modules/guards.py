@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 import lightning
 from transformers import PreTrainedModel
 
-from dsg.build import FORGET_FRACTIONS, split_by_hash
 from dsg.guard import Guard
-from dsg.recipes import GuardMaker, GuardSettings
+from dsg.making import GuardMaker
+from dsg.recipes import GuardSettings
 from dsg.sae import load_sae
+from dsg.splits import FORGET_FRACTIONS, split_by_hash
 from lightning_modules.protocols import GUARD_DATA, GuardData, data_of
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def make_guard(
         return Guard.load(settings.artifact)
     data = data_of(trainer, *GUARD_DATA)
     maker = guard_maker(settings, model, trainer)
-    selection_texts, _ = split_by_hash(data.forget_texts(), FORGET_FRACTIONS)
-    return maker.make(maker.statistics(selection_texts))
+    selection_texts, heldout_texts = split_by_hash(data.forget_texts(), FORGET_FRACTIONS)
+    forget = {"forget_selection": selection_texts, "forget_heldout": heldout_texts}
+    return maker.make(maker.statistics(selection_texts), forget)
 
 
 def guard_maker(

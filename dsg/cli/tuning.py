@@ -11,8 +11,9 @@ from rich.progress import track
 
 from dsg.evaluation import score_all
 from dsg.guard import Guard
+from dsg.making import GuardMaker
 from dsg.metrics import alignment
-from dsg.recipes import GuardMaker, GuardSettings
+from dsg.recipes import GuardSettings
 from dsg.scoring import ClozeBatch, Question
 from dsg.statistics import FeatureStatistics
 

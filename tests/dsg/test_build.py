@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsg.build import build_guard, split_by_hash, texts_digest
+from dsg.build import build_guard
 from dsg.errors import UserError
 from dsg.guard import Guard
 from dsg.selection import select_fisher_ratio
+from dsg.splits import split_by_hash, texts_digest
 from dsg.statistics import collect_statistics, corpus_batches
 from tests.helpers import HOOK_POINT, WORDS, jumprelu_sae, standard_sae
 
@@ -61,13 +62,15 @@ def test_build_equals_its_steps(guard, model, tokenizer):
 
 def test_facts_tell_how_it_was_made(guard):
     facts = guard.facts
-    assert sum(facts["num_texts"].values()) == len(FORGET) + len(RETAIN)
-    assert facts["threshold_percentile"] == 95.0
+    assert sum(part["n"] for part in facts["texts"].values()) == len(FORGET) + len(RETAIN)
+    assert facts["calibration"]["threshold_percentile"] == 95.0
+    assert facts["calibration"]["n"] == facts["texts"]["calibration"]["n"]
+    assert facts["sae"]["architecture"] == "jumprelu"
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["mean_residual_norm"] == guard.residual_norm > 0
     assert len(facts["selection"]["forget_scores"]) == 3
     forget, _ = split_by_hash(FORGET, (0.75, 0.25))
-    assert facts["sha256_of_texts"]["forget_selection"] == texts_digest(reversed(forget))
+    assert facts["texts"]["forget_selection"]["sha256"] == texts_digest(reversed(forget))
     json.dumps(facts, allow_nan=False)
 
 
@@ -90,9 +93,9 @@ def test_explicit_splits_override_and_give_their_share_to_selection(model, token
         heldout_texts=heldout,
         **OPTIONS,
     )
-    sizes = built.facts["num_texts"]
+    sizes = {name: part["n"] for name, part in built.facts["texts"].items()}
     assert sizes["retain_selection"] == len(RETAIN)
-    assert (sizes["retain_calibration"], sizes["retain_heldout"]) == (5, 4)
+    assert (sizes["calibration"], sizes["heldout"]) == (5, 4)
 
 
 def test_overlap_is_refused_whatever_case_and_spacing(model, tokenizer):
@@ -107,7 +110,8 @@ def test_overlap_is_refused_whatever_case_and_spacing(model, tokenizer):
 
 def test_repeated_texts_share_a_split(model, tokenizer):
     built = build_guard(model, tokenizer, jumprelu_sae(), FORGET * 2, RETAIN * 2, **OPTIONS)
-    assert sum(built.facts["num_texts"].values()) == 2 * (len(FORGET) + len(RETAIN))
+    sizes = [part["n"] for part in built.facts["texts"].values()]
+    assert sum(sizes) == 2 * (len(FORGET) + len(RETAIN))
 
 
 def test_what_does_not_fit_is_refused(model, tokenizer):

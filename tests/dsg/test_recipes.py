@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsg.build import FORGET_FRACTIONS, build_guard, split_by_hash
-from dsg.recipes import GuardMaker, GuardSettings
+from dsg.build import build_guard
+from dsg.making import GuardMaker
+from dsg.recipes import GuardSettings
+from dsg.splits import FORGET_FRACTIONS, split_by_hash
 from tests.helpers import HOOK_POINT, standard_sae
 from tests.lightning_modules.toy import texts
 

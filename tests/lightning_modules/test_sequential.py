@@ -4,7 +4,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dsg.errors import UserError
 from dsg.guard import Guard
-from dsg.recipes import GuardMaker
+from dsg.making import GuardMaker
 from dsg.results import read_results
 from lightning_modules import SequentialModule
 from lightning_modules.unlearning import RMUSettings

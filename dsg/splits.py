@@ -1,0 +1,67 @@
+"""Splitting texts so that no part depends on the others, and telling parts apart by hash."""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dsg.errors import UserError
+
+RETAIN_FRACTIONS = (0.5, 0.25, 0.25)
+FORGET_FRACTIONS = (0.75, 0.25)
+
+
+def split_by_hash(texts: Iterable[str], fractions: Sequence[float]) -> list[list[str]]:
+    """Splits texts by their SHA-256, so that a text's split never depends on the other texts.
+
+    Case and spacing do not enter the hash: a reformatted passage stays in its split.
+
+    Args:
+        texts: Texts in any order; equal texts share a split.
+        fractions: Expected share of each split, at least 0, summing to 1.
+
+    Returns:
+        The texts of each split, in the given order; sizes follow the fractions only on average.
+
+    Raises:
+        UserError: If the fractions are negative or do not sum to 1.
+    """
+    if min(fractions, default=-1.0) < 0 or abs(sum(fractions) - 1.0) > 1e-9:
+        raise UserError(f"`fractions` must be at least 0 and sum to 1, got {list(fractions)}.")
+    bounds = list(itertools.accumulate(fractions))[:-1]
+    splits: list[list[str]] = [[] for _ in fractions]
+    for text in texts:
+        place = int.from_bytes(_sha256(_normalised(text)).digest()[:8], "big") / 2**64
+        splits[sum(place >= bound for bound in bounds)].append(text)
+    return splits
+
+
+def texts_digest(texts: Iterable[str]) -> str:
+    """SHA-256 over the SHA-256 of each text, whatever their order."""
+    return _sha256("".join(sorted(_sha256(text).hexdigest() for text in texts))).hexdigest()
+
+
+def check_disjoint(splits: Mapping[str, Sequence[str]]) -> None:
+    """Refuses splits that share a text, whatever its case and spacing.
+
+    Raises:
+        UserError: If two of them do.
+    """
+    seen: dict[str, str] = {}
+    for name, texts in splits.items():
+        # Within a split, repetitions are the user's weighting.
+        for text in dict.fromkeys(map(_normalised, texts)):
+            if text in seen:
+                raise UserError(
+                    f"splits must not share a text, got {text[:60]!r} in {seen[text]!r} and "
+                    f"{name!r}; remove it from one of the lists."
+                )
+            seen[text] = name
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _sha256(text: str) -> Any:
+    return hashlib.sha256(text.encode())
