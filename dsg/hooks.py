@@ -17,12 +17,12 @@ from dsg.errors import UserError
 from dsg.tokens import TokenBatch
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-# Other places that SAEs are trained on, none of them the residual stream between two layers.
+# Other places that SAEs are trained on, none of them the output of a whole layer.
 _ELSEWHERE = {
-    r"hook_resid_mid": "inside the layer, before its MLP",
-    r"hook_attn_out|attn\.hook_\w+": "in its attention",
-    r"hook_mlp_out|mlp\.hook_\w+": "in its MLP",
-    r"ln[12](_post)?\.hook_\w+": "in a normalization",
+    r"hook_resid_mid": "lies inside the layer, before its MLP",
+    r"hook_attn_out|attn\.hook_\w+": "lies in its attention",
+    r"hook_mlp_out|mlp\.hook_\w+": "lies in its MLP",
+    r"ln[12](_post)?\.hook_\w+": "lies in a normalization",
 }
 
 # Attached guards let a pass untouched while this is set, so that a guard's own measurements see
@@ -94,13 +94,19 @@ def resolve_hook_point(model: nn.Module, hook_point: str) -> nn.Module:
     paths = dict(inner.named_modules())
     if hook_point in paths and hook_point:
         return paths[hook_point]
+    layers = inner.config.get_text_config().num_hidden_layers
     block = _BLOCK.fullmatch(hook_point)
     if block and block[2] in ("hook_resid_post", "hook_resid_pre"):
         return _decoder_layer(inner, hook_point, int(block[1]), before=block[2].endswith("pre"))
     if block:
-        _refuse_elsewhere(hook_point, int(block[1]), block[2])
-    num_layers = inner.config.get_text_config().num_hidden_layers
-    known = [f"blocks.{layer}.hook_resid_post" for layer in range(num_layers)]
+        for pattern, place in _ELSEWHERE.items():
+            if re.fullmatch(pattern, block[2]):
+                raise _not_a_layer(hook_point, place, int(block[1]))
+    if hook_point in ("hook_embed", "hook_pos_embed"):
+        raise _not_a_layer(hook_point, "is the embedding", 0)
+    if hook_point.startswith("ln_final."):
+        raise _not_a_layer(hook_point, "is the final norm", layers - 1)
+    known = [f"blocks.{layer}.hook_resid_post" for layer in range(layers)]
     near = difflib.get_close_matches(hook_point, [*known, *filter(None, paths)], n=4, cutoff=0.4)
     raise UserError(
         f"`hook_point` must name a module of {type(inner).__name__}, got {hook_point!r}; "
@@ -119,21 +125,15 @@ def _decoder_layer(
             f"'blocks.{len(layers) - 1}.hook_resid_post'."
         )
     if before and block == 0:
-        raise UserError(
-            f"`hook_point` must be the output of a decoder layer, got {hook_point!r}, which is "
-            "the embedding; use 'blocks.0.hook_resid_post' and an SAE trained there."
-        )
+        raise _not_a_layer(hook_point, "is the embedding", 0)
     return layers[block - before]
 
 
-def _refuse_elsewhere(hook_point: str, block: int, name: str) -> None:
-    for pattern, place in _ELSEWHERE.items():
-        if re.fullmatch(pattern, name):
-            raise UserError(
-                f"`hook_point` must be the residual stream after a whole decoder layer, got "
-                f"{hook_point!r}, which lies {place}; use 'blocks.{block}.hook_resid_post' and "
-                "an SAE trained there."
-            )
+def _not_a_layer(hook_point: str, place: str, block: int) -> UserError:
+    return UserError(
+        f"`hook_point` must be the output of a whole decoder layer, got {hook_point!r}, which "
+        f"{place}; use 'blocks.{block}.hook_resid_post' and an SAE trained there."
+    )
 
 
 def check_width(model: nn.Module, d_in: int) -> None:
@@ -171,7 +171,7 @@ def read_activations(
         The hook point's output in the model's dtype and on its device.
 
     Raises:
-        UserError: If the hook point does not exist.
+        UserError: If the hook point does not exist or never runs.
     """
     inner = unwrap(model)
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, and the method written once more for all of them."""
+"""Tiny random models of every supported family, and the method written once more for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,6 +117,28 @@ def build(family: Family, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_class(config).to(dtype).eval()
+
+
+def build_multimodal() -> PreTrainedModel:
+    """A random Gemma 3 that also takes images, whose last token id stands for one."""
+    sizes = next(family.sizes for family in FAMILIES if family.name == "Gemma3Text")
+    text = transformers.Gemma3TextConfig(
+        vocab_size=VOCAB_SIZE, initializer_range=0.3, pad_token_id=PAD, **sizes
+    )
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, image_token_id=VOCAB_SIZE - 1
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 
 def with_lora(family: Family, model: PreTrainedModel) -> PeftModel:

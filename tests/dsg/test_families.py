@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from dsg.errors import UserError
 from dsg.hooks import read_activations, resolve_hook_point, unwrap
 from dsg.tokens import pad_sequences
-from tests.families import FAMILIES, WINDOW, build, greedy, reference, with_lora
+from tests.families import FAMILIES, WINDOW, build, build_multimodal, greedy, reference, with_lora
 from tests.guard_reference import UNCOUNTED, make_guard
 from tests.helpers import HOOK_POINT, random_ids, standard_sae
 
@@ -33,9 +32,9 @@ def shared(family):
     return build(family)
 
 
-def mixed_guard(model, sae=SAE, rows=IDS.tolist()):
+def mixed_guard(model, sae=SAE, rows=None):
     """A guard that triggers on some rows but not on all, and which those are."""
-    batch = pad_sequences(rows, 0, UNCOUNTED)
+    batch = pad_sequences(IDS.tolist() if rows is None else rows, 0, UNCOUNTED)
     with torch.no_grad():
         active = sae.encode(read_activations(model, HOOK_POINT, batch))[batch.token_mask] > 0
     # Features that fire on some tokens only, whatever the family.
@@ -107,18 +106,32 @@ def test_guarded_logits_are_those_of_the_reference(family):
         assert torch.equal(logits[row], plain[row]) != triggered[row]
 
 
-def test_an_untriggered_guard_changes_no_bit_and_neither_does_a_detached_one(shared):
+def test_an_untriggered_guard_changes_no_bit(shared):
     plain = shared(IDS).logits
     with make_guard(SAE, threshold=1.0).attached(shared) as attachment:
         assert torch.equal(shared(IDS).logits, plain)
         assert (attachment.density > 0).any()
+
+
+def test_detaching_restores_the_model_also_after_an_exception(shared):
+    plain = shared(IDS).logits
     guard, _ = mixed_guard(shared)
-    with pytest.raises(RuntimeError, match="boom"), guard.attached(shared):
-        assert not torch.equal(shared(IDS).logits, plain)
-        raise RuntimeError("boom")
+
+    def fail_under_guard():
+        with guard.attached(shared):
+            assert not torch.equal(shared(IDS).logits, plain)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail_under_guard()
     assert torch.equal(shared(IDS).logits, plain)
+
+
+def test_attaching_twice_or_an_sae_of_another_width_is_refused(shared):
+    plain = shared(IDS).logits
     with pytest.raises(UserError, match="width 16, got 8"):
         make_guard(standard_sae(d_in=8)).attached(shared).__enter__()
+    guard, _ = mixed_guard(shared)
     with guard.attached(shared), pytest.raises(UserError, match="must carry no guard"):
         guard.attached(shared).__enter__()
     assert torch.equal(shared(IDS).logits, plain)
@@ -222,8 +235,8 @@ def test_gradient_checkpointing_changes_no_gradient(family, adapters):
     with guard.attached(model) as attachment:
         expected = gradients(model, use_cache=False)
         runs = []
-        target = family.layer(unwrap(model), 2).get_submodule(_norm_of(family, model))
-        handle = target.register_forward_hook(lambda *_: runs.append(1))
+        target = family.layer(unwrap(model), 2).mlp
+        handle = target.register_forward_pre_hook(lambda *_: runs.append(1))
         model.gradient_checkpointing_enable()
         actual = gradients(model, use_cache=False)
         handle.remove()
@@ -231,11 +244,6 @@ def test_gradient_checkpointing_changes_no_gradient(family, adapters):
     assert torch.equal(attachment.triggered, triggered)
     assert_same(actual, expected)
     assert any(not torch.allclose(unguarded[name], expected[name]) for name in expected)
-
-
-def _norm_of(family, model):
-    layer = family.layer(unwrap(model), 2)
-    return next(name for name, _ in layer.named_children() if "norm" in name or "ln" in name)
 
 
 @pytest.fixture(scope="module")
@@ -267,18 +275,7 @@ def test_distributed_data_parallel(family):
 
 
 def test_the_text_part_of_a_multimodal_model():
-    sizes = next(family.sizes for family in FAMILIES if family.name == "Gemma3Text")
-    text = Gemma3TextConfig(vocab_size=30, initializer_range=0.3, pad_token_id=0, **sizes)
-    vision = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = Gemma3Config(text_config=text, vision_config=vision, image_token_id=29)
-    model = Gemma3ForConditionalGeneration(config).eval()
+    model = build_multimodal()
     layer = model.model.language_model.layers[1]
     assert resolve_hook_point(model, HOOK_POINT) is layer
     assert resolve_hook_point(model, "model.language_model.layers.1") is layer

@@ -31,15 +31,25 @@ def test_block_name_and_module_path_are_the_same_module(model):
     assert resolve_hook_point(model, "model.layers.2") is layer
 
 
-def test_other_architectures_resolve_too():
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2))
-    assert resolve_hook_point(gpt2, "blocks.1.hook_resid_post") is gpt2.transformer.h[1]
+def test_the_stream_before_a_layer_is_the_output_of_the_layer_below(model):
+    assert resolve_hook_point(model, "blocks.2.hook_resid_pre") is model.model.layers[1]
+    with pytest.raises(UserError, match=r"got 'blocks.0.hook_resid_pre', which is the embedding"):
+        resolve_hook_point(model, "blocks.0.hook_resid_pre")
 
 
 @pytest.mark.parametrize(
     ("hook_point", "message"),
     [
         ("blocks.9.hook_resid_post", "one of the model's 3 decoder layers, got 'blocks.9"),
+        ("blocks.3.hook_resid_pre", "one of the model's 3 decoder layers, got 'blocks.3"),
+        ("blocks.1.hook_resid_mid", "which lies inside the layer, before its MLP; use 'blocks.1."),
+        ("blocks.1.hook_attn_out", "got 'blocks.1.hook_attn_out', which lies in its attention"),
+        ("blocks.1.attn.hook_z", "which lies in its attention; use 'blocks.1.hook_resid_post'"),
+        ("blocks.1.hook_mlp_out", "which lies in its MLP; use 'blocks.1.hook_resid_post'"),
+        ("blocks.1.mlp.hook_post", "got 'blocks.1.mlp.hook_post', which lies in its MLP"),
+        ("blocks.1.ln2.hook_normalized", "which lies in a normalization"),
+        ("hook_embed", "which is the embedding; use 'blocks.0.hook_resid_post'"),
+        ("ln_final.hook_normalized", "which is the final norm; use 'blocks.2.hook_resid_post'"),
         ("blocks.1.hook_resid_pst", "near names are blocks.1.hook_resid_post"),
         ("model.layer.1", "near names are model.layers.1"),
         ("", "must name a module of LlamaForCausalLM"),
@@ -102,6 +112,15 @@ def test_read_activations_refuses_a_module_that_never_runs(model):
     with pytest.raises(UserError, match="the model never calls it"):
         read_activations(model, "unused", batch_of(random_ids(1, 3)))
     assert not is_reading()
+
+
+def test_positions_of_left_padding_begin_at_the_first_token():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2)).eval()
+    ids = random_ids(1, 4)[0].tolist()
+    left = pad_sequences([ids, [5] * 7], 0, [0], side="left")
+    alone = read_activations(model, "blocks.0.hook_resid_post", batch_of(torch.tensor([ids])))
+    padded = read_activations(model, "blocks.0.hook_resid_post", left)
+    torch.testing.assert_close(padded[:1, 3:], alone, atol=1e-6, rtol=1e-6)
 
 
 def test_hidden_states_of_tensor_and_tuple():
