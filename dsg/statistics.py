@@ -1,15 +1,18 @@
 """Sums over feature activations from which features are selected."""
 
+import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dsg.errors import UserError
+from dsg.features import check_finite
 from dsg.hooks import check_width, read_activations
 from dsg.tokens import (
     TokenBatch,
@@ -29,12 +32,14 @@ Importance = Literal["mean_square", "squared_mean"]
 
 # Bounds the float64 working copy: 1024 tokens of 16k features take 128 MiB.
 _TOKENS_AT_ONCE = 1024
+# A tokenizer's own output takes some hundred bytes per token; this bounds how much there is of it.
+_TEXTS_AT_ONCE = 256
 
 
 class FeatureStatistics:
     """Per-feature sums over the counted tokens of one data set, in float64 on the CPU.
 
-    Only sums and counts are kept, so `merge` of two halves equals one pass over both.
+    Only sums and counts are kept, so memory does not depend on the amount of text.
 
     Args:
         d_sae: Number of features.
@@ -80,26 +85,47 @@ class FeatureStatistics:
             self.num_fired += (chunk > 0).sum(0).cpu()
         self.num_tokens += counted.shape[0]
         if residual is not None:
-            self.residual_norm_sum += residual[token_mask].double().norm(dim=-1).sum().cpu()
+            for chunk in residual[token_mask].split(_TOKENS_AT_ONCE):
+                self.residual_norm_sum += chunk.double().norm(dim=-1).sum().cpu()
 
-    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """The statistics of both data sets together.
+    def add(self, other: "FeatureStatistics") -> None:
+        """Adds the statistics of more text.
+
+        The last bits of a sum depend on the order of its terms: whoever adds the same parts in the
+        same order gets the same statistics.
 
         Raises:
             UserError: If the numbers of features differ.
         """
         if other.d_sae != self.d_sae:
             raise UserError(
-                f"statistics to merge must be of the same SAE, got {self.d_sae} and {other.d_sae} "
+                f"statistics to add must be of the same SAE, got {self.d_sae} and {other.d_sae} "
                 "features; collect both with one SAE."
             )
-        merged = FeatureStatistics(self.d_sae)
-        merged.sum = self.sum + other.sum
-        merged.sum_of_squares = self.sum_of_squares + other.sum_of_squares
-        merged.num_fired = self.num_fired + other.num_fired
-        merged.num_tokens = self.num_tokens + other.num_tokens
-        merged.residual_norm_sum = self.residual_norm_sum + other.residual_norm_sum
-        return merged
+        self.sum += other.sum
+        self.sum_of_squares += other.sum_of_squares
+        self.num_fired += other.num_fired
+        self.num_tokens += other.num_tokens
+        self.residual_norm_sum += other.residual_norm_sum
+
+    def to_vector(self) -> Float[Tensor, " n"]:
+        """All sums and counts as 3 * d_sae + 2 float64 numbers, exact up to 2^53 tokens."""
+        num_tokens = torch.tensor(self.num_tokens, dtype=torch.float64)
+        scalars = torch.stack([num_tokens, self.residual_norm_sum])
+        return torch.cat([self.sum, self.sum_of_squares, self.num_fired.double(), scalars])
+
+    @classmethod
+    def from_vector(cls, vector: Float[Tensor, " n"]) -> "FeatureStatistics":
+        """Undoes `to_vector`."""
+        d_sae = (len(vector) - 2) // 3
+        found = cls(d_sae)
+        found.sum, found.sum_of_squares, num_fired, scalars = vector.cpu().split(
+            [d_sae, d_sae, d_sae, 2]
+        )
+        found.num_fired = num_fired.long()
+        found.num_tokens = int(scalars[0])
+        found.residual_norm_sum = scalars[1]
+        return found
 
     def score(self, importance: Importance = "mean_square") -> Float[Tensor, " d_sae"]:
         """Importance of each feature, at least 0.
@@ -154,6 +180,8 @@ def collect_statistics(
 ) -> FeatureStatistics:
     """Runs token batches through the unedited model and sums up all features.
 
+    Memory does not depend on the number of batches, as long as `batches` does not keep them.
+
     Args:
         model: The language model, possibly wrapped.
         sae: An SAE of any architecture.
@@ -161,19 +189,31 @@ def collect_statistics(
         batches: The data set.
 
     Raises:
-        UserError: If the SAE does not fit the model or the hook point does not exist.
+        UserError: If the SAE does not fit the model, the hook point does not exist, or activations
+            there are not finite.
     """
     check_width(model, sae.cfg.d_in)
     statistics = FeatureStatistics(sae.cfg.d_sae)
     for batch in batches:
-        residual = read_activations(model, hook_point, batch)
-        counted = residual[batch.token_mask.to(residual.device)]
-        for chunk in counted.split(_TOKENS_AT_ONCE):
-            with torch.no_grad():
-                feature_acts = sae.encode(chunk.to(sae.W_enc.device))
-            everything = torch.ones(chunk.shape[0], dtype=torch.bool, device=feature_acts.device)
-            statistics.update(feature_acts, everything, residual=chunk.to(feature_acts.device))
+        # Summed per batch first, as several processes do it.
+        statistics.add(batch_statistics(model, sae, hook_point, batch))
     logger.info("collected %d features over %d tokens", statistics.d_sae, statistics.num_tokens)
+    return statistics
+
+
+def batch_statistics(
+    model: nn.Module, sae: "SAE[Any]", hook_point: str, batch: TokenBatch
+) -> FeatureStatistics:
+    """The statistics of one batch; see `collect_statistics`."""
+    statistics = FeatureStatistics(sae.cfg.d_sae)
+    residual = read_activations(model, hook_point, batch)
+    token_mask = batch.token_mask.to(residual.device)
+    check_finite(residual, token_mask, hook_point)
+    for chunk in residual[token_mask].split(_TOKENS_AT_ONCE):
+        with torch.no_grad():
+            feature_acts = sae.encode(chunk.to(sae.W_dec.device))
+        everything = torch.ones(chunk.shape[0], dtype=torch.bool, device=feature_acts.device)
+        statistics.update(feature_acts, everything, residual=chunk.to(feature_acts.device))
     return statistics
 
 
@@ -182,7 +222,7 @@ def corpus_batches(
     texts: Iterable[str],
     max_length: int | None,
     batch_size: int,
-) -> list[TokenBatch]:
+) -> Iterator[TokenBatch]:
     """Tokenizes texts and groups them by length, the same on every rank.
 
     Args:
@@ -191,12 +231,28 @@ def corpus_batches(
         max_length: Longest sequence to keep, in tokens.
         batch_size: Sequences per batch.
 
-    Returns:
+    Yields:
         Right-padded batches; every text once, shortest first.
     """
-    sequences = encode_texts(tokenizer, texts, max_length)
+    sequences = compact_sequences(tokenizer, texts, max_length)
     pad_id, uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
-    return [
-        pad_sequences([sequences[index] for index in indices], pad_id, uncounted_ids)
-        for indices in length_batches([len(ids) for ids in sequences], batch_size)
-    ]
+    for indices in length_batches([len(ids) for ids in sequences], batch_size):
+        yield pad_sequences([sequences[index].tolist() for index in indices], pad_id, uncounted_ids)
+
+
+def compact_sequences(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_length: int | None
+) -> list[np.ndarray]:
+    """What `encode_texts` returns, in 4 bytes a token.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        texts: One sequence each.
+        max_length: Longest sequence to keep, in tokens.
+    """
+    remaining = iter(texts)
+    sequences: list[np.ndarray] = []
+    while some := list(itertools.islice(remaining, _TEXTS_AT_ONCE)):
+        encoded = encode_texts(tokenizer, some, max_length)
+        sequences += [np.array(ids, dtype=np.int32) for ids in encoded]
+    return sequences

@@ -2,9 +2,12 @@
 
 import lightning
 import torch
+from jaxtyping import Shaped
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dsg.ranks import FiringRanks
 from dsg.statistics import FeatureStatistics
 
 
@@ -36,28 +39,65 @@ def _wrap_nothing() -> None:
     """Stands in for `DDPStrategy.configure_ddp`."""
 
 
-def merge_over_ranks(parts: dict[int, FeatureStatistics]) -> FeatureStatistics:
-    """Add the statistics of all ranks' batches in the order of their ids.
+def add_over_ranks(
+    total: FeatureStatistics, part: FeatureStatistics | None, device: torch.device
+) -> None:
+    """Add what all ranks summed up in this step to a running total, in the order of the ranks.
 
-    Floating-point sums depend on their order, so one rank and several add in the same one.
+    Where batch b is dealt to rank b modulo the number of ranks, that is the order of the batches,
+    in which one process alone adds them: floating-point sums depend on it. Every rank must call
+    this in every step.
 
     Args:
-        parts: Statistics of each batch that this rank was dealt, by the id of the batch.
-
-    Raises:
-        RuntimeError: Two ranks were dealt the same batch, or nobody was dealt any.
+        total: Of all steps before; equal on all ranks, and again so afterwards.
+        part: Statistics of this rank's batch; None where it was dealt none.
+        device: Where the backend can send from.
     """
-    dealt = [parts]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        dealt = [{} for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(dealt, parts)
-    batches = {id: part for parts in dealt for id, part in parts.items()}
-    if not batches or len(batches) != sum(map(len, dealt)):
-        raise RuntimeError(
-            f"every batch must be dealt to exactly one rank, got {sum(map(len, dealt))} batches of "
-            f"which {len(batches)} are different; number them over all ranks."
-        )
-    first, *rest = (batches[id] for id in sorted(batches))
-    for part in rest:
-        first = first.merge(part)
-    return first
+    if not _several_ranks():
+        if part is not None:
+            total.add(part)
+        return
+    # Adding zeros changes no bit of a sum.
+    mine = (part or FeatureStatistics(total.d_sae)).to_vector()
+    for vector in gather_rows(mine, device):
+        total.add(FeatureStatistics.from_vector(vector))
+
+
+def gather_firing_ranks(mine: FiringRanks, device: torch.device) -> FiringRanks:
+    """The texts of all ranks; every rank must call this.
+
+    Args:
+        mine: The texts of this rank.
+        device: Where the backend can send from.
+    """
+    if not _several_ranks():
+        return mine
+    found = FiringRanks(mine.num_features)
+    texts, tokens = (gather_rows(tensor, device) for tensor in mine.packed())
+    for part in zip(texts, tokens, strict=True):
+        found.add_packed(*part)
+    return found
+
+
+def gather_rows(mine: Shaped[Tensor, "rows ..."], device: torch.device) -> list[Tensor]:
+    """Every rank's tensor, on the CPU; they may differ in the number of rows.
+
+    Args:
+        mine: This rank's; element type and other axes must be the same on all ranks.
+        device: Where the backend can send from.
+    """
+    mine = mine.to(device)
+    world_size = torch.distributed.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size)]
+    torch.distributed.all_gather(sizes, torch.tensor([len(mine)], device=device))
+    longest = max(int(size) for size in sizes)
+    # Backends gather equal shapes only.
+    padded = mine.new_zeros(longest, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    torch.distributed.all_gather(parts, padded)
+    return [part[: int(size)].cpu() for part, size in zip(parts, sizes, strict=True)]
+
+
+def _several_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -11,15 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
+from dsg.making import GuardMaker
 from dsg.objectives.rmu import RMU
-from dsg.recipes import GuardMaker, GuardSettings
+from dsg.recipes import GuardSettings
 from dsg.scoring import ClozeBatch, PassageBatch
 from dsg.stack import GuardStack
-from dsg.statistics import FeatureStatistics, collect_statistics
+from dsg.statistics import FeatureStatistics, batch_statistics
 from lightning_modules.distributed import (
+    add_over_ranks,
     exclude_frozen_from_ddp,
     leave_unwrapped,
-    merge_over_ranks,
 )
 from lightning_modules.guards import guard_maker
 from lightning_modules.loading import load_model, short_name
@@ -82,7 +83,8 @@ class SequentialModule(lightning.LightningModule):
         self.objective: RMU | None = None
         self.maker: GuardMaker | None = None
         self.guards = GuardStack()
-        self._batches: dict[int, FeatureStatistics] = {}
+        self._forget: FeatureStatistics | None = None
+        self._part: FeatureStatistics | None = None
 
     def setup(self, stage: str) -> None:
         """Let `fit` run without trainable weights."""
@@ -103,31 +105,42 @@ class SequentialModule(lightning.LightningModule):
 
     def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""] | None:
         """Sum up the statistics of a forget batch, or take the RMU loss."""
-        del batch_idx
         if self.objective is not None:
             loss = self.objective(self.model, batch["forget"], batch["retain"]).total
             self.log("train/total_loss", loss, batch_size=len(batch["forget"].input_ids))
             return loss
         assert self.maker is not None
         maker = self.maker
-        self._batches[batch["id"]] = collect_statistics(
-            maker.model, maker.sae, maker.settings.hook_point, [batch["forget"]]
+        expected = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        if batch["id"] != expected:
+            raise RuntimeError(
+                f"batches must be dealt round robin, so that this rank gets batch {expected} now, "
+                f"got {batch['id']}; number them over all ranks."
+            )
+        self._part = batch_statistics(
+            maker.model, maker.sae, maker.settings.hook_point, batch["forget"]
         )
         return None
 
     def on_train_batch_end(
         self, outputs: Any, batch: UnlearningBatch | None, batch_idx: int
     ) -> None:
-        """Append the request's guard after the last batch.
+        """Add all ranks' statistics, and append the request's guard after the last batch.
 
-        Not in `on_train_epoch_end`, which comes after the validation that is to measure the guard.
+        Not in `training_step`, which Lightning skips on a rank without a batch, nor in
+        `on_train_epoch_end`, which comes after the validation that is to measure the guard.
         """
         del outputs, batch, batch_idx
-        if self.maker is None or not self.trainer.is_last_batch:
+        if self.maker is None:
             return
-        self.guards.append(self.maker.make(merge_over_ranks(self._batches)))
-        self._batches = {}
-        save_youngest(self.trainer, self.guards)
+        if self._forget is None:
+            self._forget = FeatureStatistics(self.maker.sae.cfg.d_sae)
+        add_over_ranks(self._forget, self._part, self.trainer.strategy.root_device)
+        self._part = None
+        if self.trainer.is_last_batch:
+            self.guards.append(self.maker.make(self._forget))
+            self._forget = None
+            save_youngest(self.trainer, self.guards)
 
     def on_validation_start(self) -> None:
         """Begin an evaluation of all requests."""

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,9 +7,17 @@ from hypothesis import strategies as st
 
 from dsg.errors import UserError
 from dsg.hooks import read_activations
-from dsg.statistics import FeatureStatistics, collect_statistics, corpus_batches
-from dsg.tokens import pad_sequences
+from dsg.statistics import (
+    FeatureStatistics,
+    batch_statistics,
+    collect_statistics,
+    compact_sequences,
+    corpus_batches,
+)
+from dsg.tokens import encode_texts, pad_sequences
 from tests.helpers import HOOK_POINT, jumprelu_sae, standard_sae
+
+TEXTS = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10", "w11 w12", "w13", "w14 w15 w16 w17 w18"]
 
 
 def hand_made():
@@ -36,7 +46,7 @@ def test_uncounted_tokens_may_hold_anything():
 
 
 @given(st.integers(0, 6), st.integers(1, 7))
-def test_merge_equals_one_pass(split, num_tokens):
+def test_adding_equals_one_pass(split, num_tokens):
     generator = torch.Generator().manual_seed(num_tokens)
     acts = torch.randn(num_tokens, 3, generator=generator).relu()
     mask = torch.rand(num_tokens, generator=generator) > 0.2
@@ -44,12 +54,12 @@ def test_merge_equals_one_pass(split, num_tokens):
     whole.update(acts, mask, acts)
     first.update(acts[:split], mask[:split], acts[:split])
     second.update(acts[split:], mask[split:], acts[split:])
-    merged = first.merge(second)
-    assert merged.num_tokens == whole.num_tokens
-    assert torch.equal(merged.num_fired, whole.num_fired)
+    first.add(second)
+    assert first.num_tokens == whole.num_tokens
+    assert torch.equal(first.num_fired, whole.num_fired)
     for name in ("sum", "sum_of_squares", "residual_norm_sum"):
         torch.testing.assert_close(
-            getattr(merged, name), getattr(whole, name), rtol=1e-14, atol=1e-14
+            getattr(first, name), getattr(whole, name), rtol=1e-14, atol=1e-14
         )
 
 
@@ -67,7 +77,7 @@ def test_errors_are_sentences():
     with pytest.raises(UserError, match="`importance` must be 'mean_square'"):
         hand_made().score("mean")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="got 2 and 3 features"):
-        hand_made().merge(FeatureStatistics(3))
+        hand_made().add(FeatureStatistics(3))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -101,3 +111,78 @@ def test_corpus_batches_hold_every_text_once_by_length(tokenizer):
         [[2, 7], [2, 10]],
         [[2, 4, 5], [2, 8, 9]],
     ]
+
+
+def test_a_vector_holds_everything_exactly():
+    statistics = hand_made()
+    statistics.num_tokens, statistics.num_fired[1] = 2**40 + 1, 2**40 - 1
+    found = FeatureStatistics.from_vector(statistics.to_vector())
+    assert (found.num_tokens, found.num_fired.tolist()) == (2**40 + 1, [2, 2**40 - 1])
+    assert found.num_fired.dtype == torch.int64
+    for name in ("sum", "sum_of_squares", "residual_norm_sum"):
+        assert torch.equal(getattr(found, name), getattr(statistics, name))
+
+
+def test_collecting_adds_the_statistics_of_each_batch(model, tokenizer):
+    sae = standard_sae()
+    batches = list(corpus_batches(tokenizer, TEXTS, None, 3))
+    expected = FeatureStatistics(24)
+    for batch in batches:
+        h = read_activations(model, HOOK_POINT, batch)
+        part = FeatureStatistics(24)
+        part.update(sae.encode(h[batch.token_mask]), torch.ones(h[batch.token_mask].shape[0]) > 0)
+        expected.add(part)
+    found = collect_statistics(model, sae, HOOK_POINT, iter(batches))
+    assert found.num_tokens == sum(len(text.split()) for text in TEXTS)
+    for name in ("sum", "sum_of_squares", "num_fired"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_a_part_of_the_features_gives_the_same_residual_norm(model, tokenizer):
+    [batch] = corpus_batches(tokenizer, TEXTS * 60, None, 10**6)
+    h, mask = read_activations(model, HOOK_POINT, batch), batch.token_mask
+    assert mask.sum() > 1024
+    some = FeatureStatistics(1)
+    some.update(torch.zeros(*mask.shape, 1), mask, residual=h)
+    everything = batch_statistics(model, standard_sae(), HOOK_POINT, batch)
+    assert torch.equal(some.residual_norm_sum, everything.residual_norm_sum)
+
+
+def test_memory_does_not_grow_with_the_text(model, tokenizer):
+    def at_the_end(repetitions: int) -> int:
+        def watched():
+            yield from corpus_batches(tokenizer, TEXTS * repetitions, None, 4)
+            found.append(tensor_bytes())
+
+        found: list[int] = []
+        collect_statistics(model, standard_sae(), HOOK_POINT, watched())
+        return found[0]
+
+    at_the_end(1)  # whatever is made once and kept
+    assert at_the_end(200) == at_the_end(20)
+
+
+def tensor_bytes() -> int:
+    """Bytes of all living tensors."""
+    gc.collect()
+    storages = {
+        found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
+        for found in gc.get_objects()
+        if isinstance(found, torch.Tensor)
+    }
+    return sum(storages.values())
+
+
+def test_activations_that_are_not_finite(model, tokenizer):
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"activations at .* must be finite, got nan"):
+        collect_statistics(
+            model, standard_sae(), HOOK_POINT, corpus_batches(tokenizer, TEXTS, None, 4)
+        )
+
+
+def test_sequences_are_kept_compactly_whatever_their_number(tokenizer):
+    texts = [f"w{index % 26} w{index % 7}" for index in range(600)]
+    sequences = compact_sequences(tokenizer, iter(texts), 2)
+    assert [ids.tolist() for ids in sequences] == encode_texts(tokenizer, texts, 2)
+    assert {ids.dtype.itemsize for ids in sequences} == {4}
