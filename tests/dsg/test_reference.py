@@ -87,6 +87,13 @@ def test_adapter_off_restores_modes_and_what_is_trained():
     assert not torch.equal(model(**BATCH.model_inputs()).logits, plain_logits())
 
 
+def test_adapter_off_builds_no_graph_even_where_the_inputs_require_gradients():
+    model = adapted_model()
+    # As gradient checkpointing under a frozen base model needs it.
+    model.enable_input_require_grads()
+    assert not AdapterOff(model).logits(BATCH).requires_grad
+
+
 def test_adapter_off_restores_after_an_error():
     model = adapted_model().train()
     reference = AdapterOff(model)

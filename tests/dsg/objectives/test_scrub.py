@@ -55,6 +55,8 @@ def test_max_and_min_alternate_until_only_min_is_left():
     assert [scrub().maximises(step) for step in range(4)] == [True, False, True, False]
     short = SCRUB(TableReference(), max_steps=3)
     assert [short.maximises(step) for step in range(6)] == [True, False, True] + [False] * 3
+    shorter = SCRUB(TableReference(), max_steps=2)
+    assert [shorter.maximises(step) for step in range(4)] == [True] + [False] * 3
 
 
 def test_at_the_reference_only_the_likelihood_has_a_gradient(model):

@@ -138,6 +138,15 @@ def test_only_weights_that_require_gradients_change(model):
     assert moved == {"model.layers.1.mlp.down_proj.weight"}
 
 
+def test_a_weight_that_a_forward_pass_does_not_use_has_no_importance():
+    model = TableModel(TABLE)
+    model.unused = torch.nn.Parameter(torch.ones(3))
+    importance = fisher(model, token_batch([BOS, 3, 1]))
+    assert importance["unused"].tolist() == [0.0] * 3
+    SSD(selection_threshold=0.0).dampen(model, importance, importance)
+    assert model.unused.tolist() == [1.0] * 3
+
+
 def test_tied_embeddings_are_dampened_once():
     model = tiny_model(tie_word_embeddings=True)
     tied = model.lm_head.weight
