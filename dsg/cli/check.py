@@ -226,7 +226,7 @@ def _table(fit: "Fit", options: argparse.Namespace) -> "Table":
 def _recorded(recorded: str | None, agrees: bool | None) -> tuple[str, str]:
     if recorded is None:
         return "none", ""
-    return recorded, {True: "as given", False: "another than given", None: "cannot tell"}[agrees]
+    return recorded, {True: "as given", False: "differs", None: "unknown"}[agrees]
 
 
 def _json(options: argparse.Namespace, num_texts: int, fit: "Fit", judged: "Verdict") -> str:
