@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from datamodules.guard_texts import selection_loader
 from datamodules.loading import batch_loader, load_tokenizer, passage_loader
 from datamodules.pretraining import pack, train_tokenizer
 from datamodules.text_files import read_uses
@@ -98,8 +99,9 @@ class TextFilesData(lightning.LightningDataModule):
         forget_files: Plain text or JSONL.
         retain_files: Plain text or JSONL.
         part: Which passages are evaluated: those trained on many times, or those never trained on.
-        task: What `fit` trains on: nothing, or the attacker's text: half of the memorised forget
-            passages and as many retain passages.
+        task: What the run is for: `evaluate` passages; `select` features, where `validate` reads
+            the guard's own texts instead; or `relearn`, where `fit` trains on the attacker's text:
+            half of the memorised forget passages and as many retain passages.
         val_split: Passages of `val_dataloader`.
         seed: Decides the order of the attacker's text.
         batch_size: Passages of an evaluation batch.
@@ -118,7 +120,7 @@ class TextFilesData(lightning.LightningDataModule):
         forget_files: Files,
         retain_files: Files,
         part: Part = "memorised",
-        task: Literal["evaluate", "relearn"] = "evaluate",
+        task: Literal["evaluate", "select", "relearn"] = "evaluate",
         val_split: Split = "validation",
         seed: int = 0,
         batch_size: int = 32,
@@ -192,10 +194,10 @@ class TextFilesData(lightning.LightningDataModule):
         """The attacker's text, in an order that the seed decides.
 
         Raises:
-            UserError: The task is `evaluate`.
+            UserError: The task is another one than `relearn`.
         """
-        if self.task == "evaluate":
-            raise UserError("`task` must be 'relearn' for fit, got 'evaluate'; change it.")
+        if self.task != "relearn":
+            raise UserError(f"`task` must be 'relearn' for fit, got {self.task!r}; change it.")
         shown = self._shown()
         retain = itertools.islice(itertools.cycle(self.retain.attack), len(shown))
         rows = encode_texts(self.tokenizer, [*shown, *retain], self.max_length)
@@ -212,7 +214,9 @@ class TextFilesData(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Passages of `val_split`."""
+        """Passages of `val_split`, or the guard's texts."""
+        if self.task == "select":
+            return selection_loader(self)
         return self._evaluation(self.val_split)
 
     def test_dataloader(self) -> DataLoader:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning
 from torch.utils.data import DataLoader
 
+from datamodules.guard_texts import selection_loader
 from datamodules.loading import batch_loader, load_tokenizer, passage_loader, question_loader
 from datamodules.tiny_world import Split
 from datamodules.tiny_world_texts import TinyWorldTexts
@@ -16,7 +17,7 @@ from dsg.errors import UserError
 from dsg.scoring import Passage, Question
 from dsg.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
 
-Task = Literal["evaluate", "unlearn", "relearn"]
+Task = Literal["evaluate", "select", "unlearn", "relearn"]
 
 
 class TinyWorldData(lightning.LightningDataModule):
@@ -29,8 +30,10 @@ class TinyWorldData(lightning.LightningDataModule):
         model_name: Folder of the benchmark's model, for its tokenizer.
         seed: The world's seed.
         forget_domain: `pathogen`, `malware` or `toxin`.
-        task: What `fit` trains on: nothing, pairs of forget and retain batches (`unlearn`), or the
-            attacker's text, half of it about half of the forget entities, half retain text.
+        task: What the run is for: `evaluate` questions and passages; `select` features, where
+            `validate` reads the guard's own texts instead; or what `fit` trains on: pairs of forget
+            and retain batches (`unlearn`), or the attacker's text (`relearn`), half of it about
+            half of the forget entities, half retain text.
         val_split: Facts that `val_dataloader` asks about.
         batch_size: Questions or passages of an evaluation batch.
         train_batch_size: Texts of a training batch; of each kind for `unlearn`.
@@ -105,10 +108,12 @@ class TinyWorldData(lightning.LightningDataModule):
         """Batches of the attacker's or the unlearner's text, in an order that the seed decides.
 
         Raises:
-            UserError: The task is `evaluate`.
+            UserError: The task is `evaluate` or `select`.
         """
-        if self.task == "evaluate":
-            raise UserError("`task` must be 'unlearn' or 'relearn' for fit, got 'evaluate'.")
+        if self.task in ("evaluate", "select"):
+            raise UserError(
+                f"`task` must be 'unlearn' or 'relearn' for fit, got {self.task!r}; change it."
+            )
         if self.task == "unlearn":
             return unlearning_loader(self, self.forget_texts(), self.retain_texts())
         forget, retain = self.texts.attack_texts(self.num_train_texts)
@@ -123,8 +128,10 @@ class TinyWorldData(lightning.LightningDataModule):
             keep_rest=False,
         )
 
-    def val_dataloader(self) -> list[DataLoader]:
-        """Questions and passages of `val_split`."""
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Questions and passages of `val_split`, or the guard's texts."""
+        if self.task == "select":
+            return selection_loader(self)
         return evaluation_loaders(self, self.val_split)
 
     def test_dataloader(self) -> list[DataLoader]:

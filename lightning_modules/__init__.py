@@ -3,6 +3,7 @@
 from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.pretraining import PretrainingModule
 from lightning_modules.relearning import RelearningModule
+from lightning_modules.selection import SelectionModule
 from lightning_modules.sequential import SequentialModule
 from lightning_modules.unlearning import RMUSettings, UnlearningModule
 
@@ -11,6 +12,7 @@ __all__ = [
     "PretrainingModule",
     "RMUSettings",
     "RelearningModule",
+    "SelectionModule",
     "SequentialModule",
     "UnlearningModule",
 ]
