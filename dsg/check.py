@@ -18,14 +18,17 @@ from dsg.tokens import TokenBatch
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-# The mean alone leaves 1 unexplained. Published residual-stream SAEs leave 0.05 to 0.4; one that
-# was trained on another model, layer or scale leaves about 1 or more.
+# What is usual: residual-stream SAEs of GPT-2 small (OpenAI's v5) and Gemma 2B (res-jb), in the
+# evaluations published with them, leave 0.03 to 0.12 of the variance unexplained, add 0.01 to 0.1
+# nats per token and recover 0.985 to 0.999 of the loss that zeros cost. The limits are wider:
+# sparser SAEs and text of another kind cost more.
+# The mean alone leaves 1 unexplained.
 DOUBTFUL_FVU, UNFIT_FVU = 0.4, 0.7
-# Published SAEs add 0.02 to 0.2 nats per token when spliced in; one nat is perplexity times e.
+# One nat is perplexity times e.
 DOUBTFUL_LOSS_ADDED, UNFIT_LOSS_ADDED = 0.3, 1.0
-# They recover 0.9 to 0.99 of the loss that zeros cost. Zeros are worse than knowing nothing, which
-# makes this the more lenient measure of the two, but it is the one found in the literature.
-DOUBTFUL_RECOVERED, UNFIT_RECOVERED = 0.9, 0.7
+# Zeros are worse than knowing nothing, which makes this lenient: an SAE of another model of the
+# same shape may still recover 0.96. But it is the measure found in the literature.
+DOUBTFUL_RECOVERED, UNFIT_RECOVERED = 0.95, 0.7
 # Below so many nats per token the ablation, the yardstick of what splicing costs, is noise.
 MIN_ABLATION_COST = 0.05
 # Below one active feature per token most tokens are invisible to a guard.

@@ -291,9 +291,13 @@ def test_a_good_measurement_fits_without_a_word():
     [
         ({"fvu": 0.5}, "doubtful", "0.5 of the variance is unexplained; up to 0.4 is usual."),
         ({"fvu": 1.2}, "does not fit", "1.2 of the variance is unexplained; more than 0.7"),
-        ({"loss_added": 0.5}, "doubtful", "adds 0.5 nats per token; up to 0.3 is usual."),
         (
-            {"loss_added": 1.5, "ablation_loss_added": 20.0},
+            {"loss_added": 0.5, "ablation_loss_added": 50.0},
+            "doubtful",
+            "adds 0.5 nats per token; up to 0.3 is usual.",
+        ),
+        (
+            {"loss_added": 1.5, "ablation_loss_added": 50.0},
             "does not fit",
             "adds 1.5 nats per token; more than 1 is no fit.",
         ),
