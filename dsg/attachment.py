@@ -53,8 +53,7 @@ def attach(
     greedy decoding and sampling. Everything else is refused before a token is produced.
 
     Guards of one hook point read the same unedited stream; those of later layers read what earlier
-    ones have edited. With gradient checkpointing, call `backward` before the next forward pass: the
-    recomputed layer is edited as in the last one.
+    ones have edited. With gradient checkpointing, call `backward` before the next forward pass.
 
     Args:
         guards: Guards of one or several hook points, oldest first.
@@ -80,11 +79,9 @@ def attach(
     attachment._attach()
     try:
         yield attachment
-    except BaseException:
+    finally:
+        intact = attachment._intact()
         attachment._detach()
-        raise
-    intact = attachment._intact()
-    attachment._detach()
     if not intact:
         raise _hook_removed()
 
@@ -151,12 +148,7 @@ class Attachment:
     def repeat_sequences(self, cache: Any, repeats: int) -> None:
         """Repeats each sequence of a KV cache, to continue one prompt in several ways.
 
-        Args:
-            cache: A dynamic KV cache that a forward pass of this attachment has filled.
-            repeats: Copies of each sequence; they lie in adjacent rows.
-
-        Raises:
-            UserError: If the cache was filled elsewhere.
+        See `CacheMemory.repeat`.
         """
         self._memory.repeat(cache, repeats)
 
@@ -189,7 +181,11 @@ class Attachment:
         self._handles += [
             self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
-            *(layer.register_forward_hook(self._after_layer) for layer in self._panel.layers),
+            # First of all hooks, so that `output_hidden_states` always records the edited stream.
+            *(
+                layer.register_forward_hook(self._after_layer, prepend=True)
+                for layer in self._panel.layers
+            ),
         ]
         # Lies in front of the class's method until `_detach` takes it away.
         self._inner.__dict__["generate"] = checked_generate(self._inner)
@@ -209,8 +205,9 @@ class Attachment:
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        input_ids = argument(module, "input_ids", args, kwargs)
-        self._given |= {"input_ids": input_ids} if input_ids is not None else {}
+        for name in ("input_ids", "attention_mask"):
+            tensor = argument(module, name, args, kwargs)
+            self._given |= {name: tensor} if tensor is not None else {}
         self._given |= pop_masks(kwargs)
         return args, kwargs
 
@@ -280,6 +277,8 @@ class Attachment:
                 "pass, but the model skipped it; choose a layer that always runs."
             )
         forward.finished = True
+        if not torch.is_grad_enabled():
+            forward.seen.clear()
         self._last = forward
         cache = getattr(output, "past_key_values", None)
         if cache is None:

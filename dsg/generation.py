@@ -11,7 +11,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from dsg.errors import UserError
 
 _FOLLOWED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_DYNAMIC = (None, "dynamic")
+# Older Gemma 2 configurations ask for a hybrid cache, which is a dynamic one by now.
+_DYNAMIC = (None, "dynamic", "hybrid")
 
 
 def checked_generate(model: PreTrainedModel) -> Callable[..., Any]:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from dsg.artifact import read_artifact, write_artifact
 from dsg.attachment import Attachment, Continuation, DecisionRule, attach
+from dsg.competing import rebuild_features
 from dsg.edit import ClampScope, Edit
 from dsg.errors import UserError, check_choice
-from dsg.features import DeviceOnlyModule, Features, check_finite, rebuild_features
+from dsg.features import DeviceOnlyModule, Features, check_finite
 from dsg.gate import Evidence, GateKind, decide, fired_tokens, make_gate
 from dsg.hooks import check_width, read_activations
 from dsg.identity import ModelIdentity
+from dsg.steering_csv import read_steering_csv, write_steering_csv
 from dsg.tokens import TokenBatch, count_mask
 
 ClampUnit = Literal["activation", "residual_norm"]
@@ -218,6 +220,9 @@ class Guard(DeviceOnlyModule):
         features = rebuild_features(tensors, settings.pop("encoder"))
         model = settings.pop("model")
         return cls(features, model=ModelIdentity(**model) if model else None, **settings)
+
+    to_steering_csv = write_steering_csv
+    from_steering_csv = staticmethod(read_steering_csv)
 
     def _read(
         self,

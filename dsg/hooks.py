@@ -182,7 +182,7 @@ def read_activations(
     handle = resolve_hook_point(inner, hook_point).register_forward_hook(stop, prepend=True)
     token = _reading.set(True)
     try:
-        with torch.no_grad(), _evaluating(inner):
+        with torch.no_grad(), evaluating(inner):
             inner(**_inputs(inner, batch.to(inner.device)), use_cache=False)
     except _Reached as reached:
         return reached.activations
@@ -214,7 +214,8 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode inside a `with` block; each module's mode is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

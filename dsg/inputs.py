@@ -59,12 +59,15 @@ class ForwardInputs:
             UserError: If a mask does not have the tokens' shape.
         """
         input_ids = argument(decoder, "input_ids", args, kwargs)
+        attention_mask = argument(decoder, "attention_mask", args, kwargs)
         tokens = input_ids
         if tokens is None:
             tokens = argument(decoder, "inputs_embeds", args, kwargs)
             # A multimodal model embeds the ids itself; prompt tuning adds tokens that have none.
             outer = given.get("input_ids")
-            input_ids = outer if outer is not None and outer.shape == tokens.shape[:2] else None
+            if outer is not None and outer.shape == tokens.shape[:2]:
+                # It also turns the mask that it was given into other ones.
+                input_ids, attention_mask = outer, given.get("attention_mask")
         shape = tokens.shape[:2]
         for name in MASKS:
             mask = given.get(name)
@@ -73,12 +76,12 @@ class ForwardInputs:
                     f"`{name}` must be boolean of shape {list(shape)} like the tokens of this "
                     f"call, got {mask.dtype} of shape {list(mask.shape)}; make it from `input_ids`."
                 )
-        _refuse_packed(decoder, args, kwargs, shape)
+        _refuse_packed(decoder, args, kwargs, shape, attention_mask)
         return cls(
             shape=shape,
             device=tokens.device,
             input_ids=input_ids,
-            attention_mask=argument(decoder, "attention_mask", args, kwargs),
+            attention_mask=attention_mask,
             cache=argument(decoder, "past_key_values", args, kwargs),
             token_mask=given.get("token_mask"),
             prompt_mask=given.get("prompt_mask"),
@@ -132,7 +135,7 @@ class ForwardInputs:
 
 
 def _refuse_packed(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size, mask: Any
 ) -> None:
     """Refuses several sequences in one row: a gate decides per row.
 
@@ -143,7 +146,6 @@ def _refuse_packed(
     positions = argument(decoder, "position_ids", args, kwargs)
     restarts = False
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape == shape:
-        mask = argument(decoder, "attention_mask", args, kwargs)
         real = torch.ones_like(positions, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             real = mask[:, -shape[1] :] != 0

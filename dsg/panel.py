@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dsg.edit import Clamp, apply_clamps, clamp_entries, refusal_entries
+from dsg.errors import UserError
 from dsg.features import check_finite
 from dsg.gate import Evidence, decide, fired_tokens
 
@@ -33,6 +34,7 @@ class ForwardPass:
         evidence: What the tokens said, by index of the guard.
         votes: Each guard's own decision at each position.
         acted: Whether the guard was to edit the sequence.
+        seen: What each layer put out before any edit; kept for recomputing gradients only.
         finished: Whether the decoder has returned.
     """
 
@@ -44,6 +46,7 @@ class ForwardPass:
     evidence: dict[int, Evidence] = field(default_factory=dict)
     votes: dict[int, Tensor] = field(default_factory=dict)
     acted: dict[int, Tensor] = field(default_factory=dict)
+    seen: dict[nn.Module, Tensor] = field(default_factory=dict)
     finished: bool = False
 
 
@@ -95,8 +98,16 @@ class Panel:
             The edited output; the very tensor `h` where nothing is written.
 
         Raises:
-            UserError: If activations are not finite.
+            UserError: If activations are not finite, not as wide as the features, or those of an
+                earlier pass than this one.
         """
+        # Recomputing repeats the very operations, give or take rounding on an accelerator.
+        if forward.finished and not torch.allclose(h, forward.seen[layer], 1e-2, 1e-2):
+            raise UserError(
+                "gradient checkpointing must recompute a guarded module for the latest forward "
+                "pass, got activations of an earlier one; call `backward` before the next pass."
+            )
+        forward.seen[layer] = h.detach()
         if layer not in forward.order:
             forward.order.append(layer)
         feature_acts = {index: self._look(forward, index, h) for index in self._at[layer]}

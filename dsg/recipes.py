@@ -20,7 +20,15 @@ from dsg.selection import (
 from dsg.statistics import FeatureStatistics, Importance
 
 Method = Literal[
-    "dsg", "dsg_near", "static_clamp", "farrell", "clamp_prime", "refusal_clamp", "random"
+    "dsg",
+    "dsg_near",
+    "dsg_window",
+    "dsg_cusum",
+    "static_clamp",
+    "farrell",
+    "clamp_prime",
+    "refusal_clamp",
+    "random",
 ]
 SelectionRule = Literal["fisher_ratio", "frequency", "ids", "random"]
 
@@ -45,6 +53,8 @@ class Parts:
 RECIPES: dict[Method, Parts] = {
     "dsg": Parts("fisher_ratio", "density", "clamp", "all"),
     "dsg_near": Parts("fisher_ratio", "density", "clamp", "all"),
+    "dsg_window": Parts("fisher_ratio", "window", "clamp", "all"),
+    "dsg_cusum": Parts("fisher_ratio", "cusum", "clamp", "all"),
     "static_clamp": Parts("fisher_ratio", "token", "clamp", "all"),
     "farrell": Parts("frequency", "token", "clamp", "active"),
     "clamp_prime": Parts("frequency", "token", "clamp", "active"),
@@ -64,11 +74,12 @@ class GuardSettings:
     sae_id: str | None = None
     """Id within the release."""
     method: Method = "dsg"
-    """`dsg`; `dsg_near`: calibrated with the near domain and other hazards as well;
-    `static_clamp`: DSG's features without the gate; `farrell`: selection by firing frequency, no
-    gate, only active features clamped; `clamp_prime`: the same parts, with fewer features and a
-    larger value in its paper; `refusal_clamp`: writes another feature instead; `random`: features
-    matched in forget frequency."""
+    """`dsg`; `dsg_near`: calibrated with the near domain and other hazards as well; `dsg_window`,
+    `dsg_cusum`: with a gate that text around a passage cannot dilute; `static_clamp`: DSG's
+    features without the gate; `farrell`: selection by firing frequency, no gate, only active
+    features clamped; `clamp_prime`: the same parts, in its paper with fewer features and a larger
+    value; `refusal_clamp`: writes another feature instead; `random`: features matched in forget
+    frequency."""
     selection: SelectionRule | None = None
     """Which features: `fisher_ratio`, `frequency`, `ids` or `random`. None takes the method's."""
     gate: GateKind | None = None

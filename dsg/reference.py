@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.hooks import _evaluating, unwrap
+from dsg.hooks import evaluating, unwrap
 from dsg.tokens import TokenBatch
 
 
@@ -61,7 +61,7 @@ class AdapterOff:
         """Logits of the model under the adapter; modes and frozen weights stay as they were."""
         frozen = [weight for weight in self._model.parameters() if not weight.requires_grad]
         try:
-            with torch.no_grad(), _evaluating(self._model), self._model.disable_adapter():
+            with torch.no_grad(), evaluating(self._model), self._model.disable_adapter():
                 return self._model(**batch.model_inputs(), use_cache=False).logits
         finally:
             # PEFT makes every adapter weight trainable when it turns the adapter on again.

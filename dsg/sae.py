@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dsg.competing import COMPETING, CompetingFeatures
 from dsg.errors import UserError
-from dsg.features import COMPETING, CompetingFeatures, Features, FeatureSlice, check_feature_ids
+from dsg.features import Features, FeatureSlice, check_feature_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -56,12 +56,13 @@ def reference(model, sae, guard, ids, prompt_length=None, running=True) -> Refer
         seen = [t for t in range(end) if counted[t]]
         return sum(active[t] for t in seen) / len(seen) if seen else 0.0
 
-    triggered = [density(prompt_length) > guard.threshold] * prompt_length
+    def is_open(end):
+        return any(counted[:end]) if guard.gate == "token" else density(end) > guard.threshold
+
+    triggered = [is_open(prompt_length)] * prompt_length
     for t in range(prompt_length, len(ids)):
         before = triggered[-1] if triggered else False
-        triggered.append(before or (running and density(t + 1) > guard.threshold))
-    if guard.gate == "token":
-        triggered = [True] * len(ids)
+        triggered.append(before or (running and is_open(t + 1)))
 
     value = guard.clamp_value
     if guard.clamp_unit == "residual_norm":

@@ -18,6 +18,7 @@ from datamodules.tiny_world import World
 from datamodules.tiny_world_texts import TinyWorldTexts
 from datamodules.tiny_world_words import DOMAINS
 from dsg.cli.benchmark import HOOK_POINT, ensure_benchmark
+from dsg.cli.world_demo import METHODS
 from dsg.results import read_results
 from tests.wandb_reader import read_history
 
@@ -185,7 +186,7 @@ def test_the_demo_runs_resumes_and_reports(tmp_path: Path) -> None:
     assert "report.html" in done.stdout
     rows = read_results(tmp_path / "run")
     static = {row["method"] for row in rows if row["attack"] is None and row["request"] is None}
-    assert static == {"base", "dsg", "dsg_near", "static_clamp", "farrell", "random", "rmu"}
+    assert static == {*METHODS, "random"}
     attacked = {(row["method"], row["mode"]) for row in rows if row["attack"]}
     assert attacked == {
         ("base", None),

@@ -30,6 +30,19 @@ FARRELL_GRID = {
     "num_features": [20, 40],
     "clamp_value": [-20.0, -40.0],
 }
+# Few features and a larger value, in proportion to the papers' -300 and -500.
+CLAMP_PRIME_GRID = {
+    "max_retain_frequency": [0.005, 0.02, 0.05],
+    "num_features": [5, 10],
+    "clamp_value": [-30.0, -60.0],
+}
+REFUSAL_GRID = {
+    "max_retain_frequency": [0.005, 0.02, 0.05],
+    "num_features": [10, 20],
+    "clamp_value": [-40.0, -100.0],
+}
+TRIGGER_LIMIT = 0.05  # Refusal Clamp's
+WINDOW_SIZE = 8  # a question has about a dozen tokens
 RMU_GRID = {"steering": [20.0, 60.0], "lr": [3e-3, 1e-2]}
 RMU_EPOCHS = 3  # the number of epochs is a setting too
 RMU_TARGET = "mlp."  # down projections alone forget far less on so small a model

@@ -33,7 +33,18 @@ from dsg.report.sidefiles import (
 from dsg.results import write_results, write_run_facts
 from dsg.run_directory import run_directory
 
-METHODS = ("base", "dsg", "dsg_near", "static_clamp", "farrell", "rmu")
+METHODS = (
+    "base",
+    "dsg",
+    "dsg_near",
+    "dsg_window",
+    "dsg_cusum",
+    "static_clamp",
+    "farrell",
+    "clamp_prime",
+    "refusal_clamp",
+    "rmu",
+)
 ATTACKS: tuple[Literal["full", "lora"], ...] = ("full", "lora")
 ATTACKED: tuple[tuple[str, Literal["none", "test_time", "train_time"]], ...] = (
     ("dsg", "test_time"),

@@ -11,13 +11,17 @@ from datamodules.loading import question_loader
 from dsg.cli.benchmark import HOOK_POINT, MODEL_FOLDER, SAE_FOLDER
 from dsg.cli.trainers import Tracking, make_trainer
 from dsg.cli.tuning import (
+    CLAMP_PRIME_GRID,
     CLAMP_VALUE,
     DSG_GRID,
     FARRELL_GRID,
     NUM_RANDOM_DRAWS,
+    REFUSAL_GRID,
     RMU_EPOCHS,
     RMU_GRID,
     RMU_TARGET,
+    TRIGGER_LIMIT,
+    WINDOW_SIZE,
     GuardTuner,
     best,
     combinations,
@@ -84,7 +88,7 @@ class Context:
 
 
 def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
-    """Choose the settings of DSG and Farrell et al. on validation facts and save all guards."""
+    """Choose the settings of the guards on validation facts and save them all."""
     cell = context.cell
     data = cell.data()
     data.setup("validate")
@@ -94,14 +98,20 @@ def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
     questions = [replace(question, id=id) for id, question in enumerate(questions)]
     batches = question_loader(data.tokenizer, questions, data.batch_size, None)
     tuner = GuardTuner(maker, maker.statistics(data.forget_texts()), questions, list(batches))
-    dsg_choice = tuner.choose(replace(cell.guard, method="dsg"), DSG_GRID)
-    farrell_choice = tuner.choose(replace(cell.guard, method="farrell"), FARRELL_GRID)
-    dsg = replace(cell.guard, **dsg_choice.settings)
-    guards = {
-        "dsg": tuner.make(dsg),
-        "static_clamp": tuner.make(replace(dsg, method="static_clamp")),
-        "farrell": tuner.make(replace(cell.guard, method="farrell", **farrell_choice.settings)),
+    grids = {
+        "dsg": ({}, DSG_GRID),
+        "farrell": ({}, FARRELL_GRID),
+        "clamp_prime": ({}, CLAMP_PRIME_GRID),
+        "refusal_clamp": ({"trigger_limit": TRIGGER_LIMIT}, REFUSAL_GRID),
     }
+    choices, guards = {}, {}
+    for method, (fixed, grid) in grids.items():
+        settings = replace(cell.guard, method=method, **fixed)
+        choices[method] = tuner.choose(settings, grid)
+        guards[method] = tuner.make(replace(settings, **choices[method].settings))
+    dsg = replace(cell.guard, window_size=WINDOW_SIZE, **choices["dsg"].settings)
+    for method in ("static_clamp", "dsg_window", "dsg_cusum"):
+        guards[method] = tuner.make(replace(dsg, method=method))
     for draw in range(NUM_RANDOM_DRAWS):
         guards[f"random_{draw}"] = tuner.make(replace(dsg, method="random", draw=draw))
     maker.calibration_texts = data.calibration_texts(near=True)
@@ -117,7 +127,7 @@ def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
         "chosen": [
             {"method": method, "chosen": choice.settings, "tried": choice.tried}
             | {"validation": choice.validation}
-            for method, choice in (("dsg", dsg_choice), ("farrell", farrell_choice))
+            for method, choice in choices.items()
         ],
         "features": [asdict(feature) for feature in features],
     }

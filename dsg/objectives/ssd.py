@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.hooks import _evaluating
+from dsg.hooks import evaluating
 from dsg.objectives.likelihood import mean_nll, next_token_logits, target_mask
 from dsg.objectives.terms import check_positive
 from dsg.tokens import TokenBatch
@@ -48,7 +48,7 @@ class DiagonalFisher:
     def update(self, batch: TokenBatch) -> None:
         """Add the sequences of a batch; the model runs in evaluation mode, its `grad`s stay."""
         weights = _measured(self._model)
-        with torch.enable_grad(), _evaluating(self._model):
+        with torch.enable_grad(), evaluating(self._model):
             for row in _rows(batch):
                 loss = mean_nll(next_token_logits(self._model, row), row)
                 # A weight may be unused: an expert that no token is routed to.

@@ -12,8 +12,12 @@ METHOD_NAMES = {
     "base": "No unlearning",
     "dsg": "DSG",
     "dsg_near": "DSG, near data in calibration",
+    "dsg_window": "DSG, window gate",
+    "dsg_cusum": "DSG, CUSUM gate",
     "static_clamp": "Static clamp",
     "farrell": "Farrell et al.",
+    "clamp_prime": "Clamp Prime",
+    "refusal_clamp": "Refusal Clamp",
     "random": "Random features",
     "rmu": "RMU",
 }

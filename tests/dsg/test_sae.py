@@ -14,8 +14,9 @@ from sae_lens import (
     TranscoderConfig,
 )
 
+from dsg.competing import rebuild_features
 from dsg.errors import UserError
-from dsg.features import FeatureSlice, rebuild_features
+from dsg.features import FeatureSlice
 from dsg.sae import REFUSED, describe_sae, load_sae, slice_features
 from tests.helpers import SAE_BUILDERS, identity_sae, jumprelu_sae, standard_sae
 
