@@ -1,0 +1,1 @@
+"""Measurements of cost on random weights, so that nothing has to be downloaded."""
