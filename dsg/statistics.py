@@ -2,8 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -222,7 +222,7 @@ def corpus_batches(
     texts: Iterable[str],
     max_length: int | None,
     batch_size: int,
-) -> Iterator[TokenBatch]:
+) -> Sequence[TokenBatch]:
     """Tokenizes texts and groups them by length, the same on every rank.
 
     Args:
@@ -231,13 +231,10 @@ def corpus_batches(
         max_length: Longest sequence to keep, in tokens.
         batch_size: Sequences per batch.
 
-    Yields:
-        Right-padded batches; every text once, shortest first.
+    Returns:
+        Right-padded batches, each made when it is asked for; every text once, shortest first.
     """
-    sequences = compact_sequences(tokenizer, texts, max_length)
-    pad_id, uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
-    for indices in length_batches([len(ids) for ids in sequences], batch_size):
-        yield pad_sequences([sequences[index].tolist() for index in indices], pad_id, uncounted_ids)
+    return _Batches(tokenizer, compact_sequences(tokenizer, texts, max_length), batch_size)
 
 
 def compact_sequences(
@@ -256,3 +253,29 @@ def compact_sequences(
         encoded = encode_texts(tokenizer, some, max_length)
         sequences += [np.array(ids, dtype=np.int32) for ids in encoded]
     return sequences
+
+
+class _Batches(Sequence[TokenBatch]):
+    """Sequences of similar length, padded when asked for."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[np.ndarray], batch_size: int
+    ) -> None:
+        self._sequences = sequences
+        self._indices = length_batches([len(ids) for ids in sequences], batch_size)
+        self._pad_id, self._uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenBatch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenBatch]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenBatch | list[TokenBatch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        rows = [self._sequences[number].tolist() for number in self._indices[index]]
+        return pad_sequences(rows, self._pad_id, self._uncounted_ids)

@@ -111,6 +111,9 @@ def test_corpus_batches_hold_every_text_once_by_length(tokenizer):
         [[2, 7], [2, 10]],
         [[2, 4, 5], [2, 8, 9]],
     ]
+    assert len(batches) == 2
+    assert [len(batch.input_ids) for batch in batches[1:]] == [2]
+    assert torch.equal(batches[-1].input_ids, batches[1].input_ids)
 
 
 def test_a_vector_holds_everything_exactly():
