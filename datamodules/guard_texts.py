@@ -10,32 +10,16 @@ from torch.utils.data import DataLoader
 from datamodules.loading import batch_loader
 from dsg.errors import UserError
 from dsg.recipes import GuardSettings
-from dsg.splits import FORGET_FRACTIONS, check_disjoint, split_by_hash
+from dsg.splits import TextSource, check_disjoint, guard_texts
 from dsg.statistics import compact_sequences
 from dsg.tokens import length_batches, pad_sequences, padding_id, uncounted_token_ids
 
 
-class GuardTexts(Protocol):
+class GuardTexts(TextSource, Protocol):
     """A data module that has texts to make a guard from."""
 
     tokenizer: Any
     trainer: Any
-
-    def forget_texts(self) -> Sequence[str]:
-        """Texts about what is to be forgotten."""
-        ...
-
-    def retain_texts(self) -> Sequence[str]:
-        """Retain texts for the selection of features."""
-        ...
-
-    def calibration_texts(self, near: bool) -> Sequence[str]:
-        """Retain texts that set the threshold."""
-        ...
-
-    def heldout_texts(self) -> Sequence[str]:
-        """Retain texts for the false-positive rate."""
-        ...
 
 
 def selection_loader(data: GuardTexts) -> DataLoader:
@@ -54,14 +38,7 @@ def selection_loader(data: GuardTexts) -> DataLoader:
             "the task 'select' needs a module that makes a guard, got "
             f"{type(data.trainer.lightning_module).__name__}; use SelectionModule."
         )
-    forget_selection, forget_heldout = split_by_hash(data.forget_texts(), FORGET_FRACTIONS)
-    texts = {
-        "forget_selection": forget_selection,
-        "retain_selection": data.retain_texts(),
-        "retain_calibration": data.calibration_texts(near=settings.method == "dsg_near"),
-        "retain_heldout": data.heldout_texts(),
-        "forget_heldout": forget_heldout,
-    }
+    texts = guard_texts(data, near=settings.method == "dsg_near")
     check_disjoint(texts)
     pad_id, uncounted_ids = padding_id(data.tokenizer), uncounted_token_ids(data.tokenizer)
 

@@ -90,7 +90,7 @@ def read_passages(path: str | Path) -> list[str]:
     Raises:
         UserError: The file is missing, empty or no text, or a line of a JSONL file has no `text`.
     """
-    paragraphs = list(_paragraphs(Path(path)))
+    paragraphs = list(paragraphs_of(Path(path)))
     if not any(paragraphs):
         raise UserError(f"The file {str(path)!r} is empty; give one with text.")
     passages: list[str] = []
@@ -114,7 +114,8 @@ def file_facts(paths: Iterable[str | Path]) -> list[dict[str, str | int]]:
     ]
 
 
-def _paragraphs(path: Path) -> Iterator[list[str]]:
+def paragraphs_of(path: Path) -> Iterator[list[str]]:
+    """Words of each paragraph of a plain text, or of each text of a JSONL file."""
     text = _read_text(path)
     if path.suffix != ".jsonl":
         for paragraph in text.replace("\r\n", "\n").split("\n\n"):

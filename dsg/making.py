@@ -17,7 +17,7 @@ from dsg.identity import ModelIdentity, check_sae_place
 from dsg.recipes import GuardSettings, choose_features, refusal_feature
 from dsg.sae import describe_sae, slice_features
 from dsg.selection import Selection
-from dsg.splits import texts_digest
+from dsg.splits import describe_texts
 from dsg.statistics import FeatureStatistics, collect_statistics, corpus_batches
 from dsg.tokens import uncounted_token_ids
 
@@ -28,7 +28,7 @@ _LIBRARIES = ("dynamic-sae-guardrails", "torch", "transformers", "sae-lens")
 # A sum must leak on text that never fires, and rise on text that always does.
 _LEAK_RANGE = (0.01, 0.99)
 
-# The gate's statistic of each text of a part, such as `calibration`, under a guard.
+# The gate's statistic of each text of a part, such as `retain_heldout`, under a guard.
 Measure = Callable[[Guard, str], Float[Tensor, " n"]]
 
 
@@ -86,22 +86,22 @@ def calibrate_guard(guard: Guard, settings: GuardSettings, measure: Measure) -> 
     Args:
         guard: What `draft_guard` returned.
         settings: Which guard to make.
-        measure: Gives the statistics of the parts `calibration` and `heldout` (retain texts), and
-            of `forget_heldout`; an empty tensor where a part has no text.
+        measure: Gives the statistics of the parts `retain_calibration`, `retain_heldout` and
+            `forget_heldout`; an empty tensor where a part has no text.
 
     Raises:
         UserError: There is no calibration text, or the percentile is out of range.
     """
     percentile = settings.threshold_percentile
-    densities = measure(guard, "calibration")
+    densities = measure(guard, "retain_calibration")
     threshold = calibrate_threshold(densities, percentile)
     if settings.parts().gate == "cusum":
         low, high = _LEAK_RANGE
         leak = min(max(threshold, low), high)
         guard = guard.replace(gate="cusum", leak=leak)
-        threshold = calibrate_threshold(measure(guard, "calibration"), percentile)
+        threshold = calibrate_threshold(measure(guard, "retain_calibration"), percentile)
     guard = guard.replace(threshold=threshold)
-    rate = false_positive_rate(measure(guard, "heldout"), threshold)
+    rate = false_positive_rate(measure(guard, "retain_heldout"), threshold)
     facts = {
         "calibration": {"n": densities.numel(), "threshold_percentile": percentile},
         "false_positive_rate": asdict(rate) if rate.n else None,
@@ -153,7 +153,7 @@ class GuardMaker:
         self.calibration = self.statistics(calibration_texts)
         self._origin = {
             "sae": describe_sae(sae),
-            "texts": {"retain_selection": _describe(retain_texts)},
+            "texts": {"retain_selection": describe_texts(retain_texts)},
         }
 
     def statistics(self, texts: Sequence[str]) -> FeatureStatistics:
@@ -181,8 +181,8 @@ class GuardMaker:
             settings, self.model, self.tokenizer, self.sae, selection, self.retain, norm
         )
         known = {
-            "calibration": self.calibration_texts,
-            "heldout": self.heldout_texts,
+            "retain_calibration": self.calibration_texts,
+            "retain_heldout": self.heldout_texts,
             **(texts or {}),
         }
 
@@ -197,7 +197,7 @@ class GuardMaker:
             )
 
         guard = calibrate_guard(draft, settings, measure)
-        described = {name: _describe(part) for name, part in known.items()}
+        described = {name: describe_texts(part) for name, part in known.items()}
         origin = {**self._origin, "texts": {**self._origin["texts"], **described}}
         return guard.replace(facts={**guard.facts, **origin})
 
@@ -226,10 +226,6 @@ def text_statistics(
         for batch in batches
     ]
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
-
-
-def _describe(texts: Sequence[str]) -> dict[str, Any]:
-    return {"n": len(texts), "sha256": texts_digest(texts)}
 
 
 def _version(library: str) -> str | None:

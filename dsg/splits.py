@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from dsg.errors import UserError
 
@@ -39,6 +39,48 @@ def split_by_hash(texts: Iterable[str], fractions: Sequence[float]) -> list[list
 def texts_digest(texts: Iterable[str]) -> str:
     """SHA-256 over the SHA-256 of each text, whatever their order."""
     return _sha256("".join(sorted(_sha256(text).hexdigest() for text in texts))).hexdigest()
+
+
+def describe_texts(texts: Sequence[str]) -> dict[str, Any]:
+    """How many texts there are, and the digest of all of them."""
+    return {"n": len(texts), "sha256": texts_digest(texts)}
+
+
+class TextSource(Protocol):
+    """Whoever has texts to make a guard from."""
+
+    def forget_texts(self) -> Sequence[str]:
+        """Texts about what is to be forgotten."""
+        ...
+
+    def retain_texts(self) -> Sequence[str]:
+        """Retain texts for the selection of features."""
+        ...
+
+    def calibration_texts(self, near: bool) -> Sequence[str]:
+        """Retain texts that set the threshold; `near` adds the near domain and other hazards."""
+        ...
+
+    def heldout_texts(self) -> Sequence[str]:
+        """Retain texts for the false-positive rate."""
+        ...
+
+
+def guard_texts(source: TextSource, *, near: bool) -> dict[str, Sequence[str]]:
+    """All texts of a guard by their purpose; a quarter of the forget texts is held out.
+
+    Args:
+        source: Where they come from.
+        near: Whether the near domain and other hazards calibrate as well.
+    """
+    forget_selection, forget_heldout = split_by_hash(source.forget_texts(), FORGET_FRACTIONS)
+    return {
+        "forget_selection": forget_selection,
+        "retain_selection": source.retain_texts(),
+        "retain_calibration": source.calibration_texts(near),
+        "retain_heldout": source.heldout_texts(),
+        "forget_heldout": forget_heldout,
+    }
 
 
 def check_disjoint(splits: Mapping[str, Sequence[str]]) -> None:

@@ -9,7 +9,7 @@ from dsg.guard import Guard
 from dsg.making import GuardMaker
 from dsg.recipes import GuardSettings
 from dsg.sae import load_sae
-from dsg.splits import FORGET_FRACTIONS, split_by_hash
+from dsg.splits import guard_texts
 from lightning_modules.protocols import GUARD_DATA, GuardData, data_of
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def make_guard(
         return Guard.load(settings.artifact)
     data = data_of(trainer, *GUARD_DATA)
     maker = guard_maker(settings, model, trainer)
-    selection_texts, heldout_texts = split_by_hash(data.forget_texts(), FORGET_FRACTIONS)
-    forget = {"forget_selection": selection_texts, "forget_heldout": heldout_texts}
-    return maker.make(maker.statistics(selection_texts), forget)
+    texts = guard_texts(data, near=settings.method == "dsg_near")
+    forget = {name: texts[name] for name in ("forget_selection", "forget_heldout")}
+    return maker.make(maker.statistics(texts["forget_selection"]), forget)
 
 
 def guard_maker(

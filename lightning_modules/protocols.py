@@ -11,8 +11,12 @@ evaluation a rank without a batch in the last round yields None.
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypedDict, cast
 
+from jaxtyping import Int
+from torch import Tensor
+
 from dsg.errors import UserError
 from dsg.scoring import ClozeBatch, Passage, PassageBatch, Question
+from dsg.splits import TextSource
 from dsg.tokens import TokenBatch
 
 Split = Literal["validation", "test"]
@@ -53,30 +57,10 @@ class EvaluationData(Protocol):
         ...
 
 
-class GuardData(Protocol):
-    """Texts from which a guard is built, on every rank."""
+class GuardData(TextSource, Protocol):
+    """Texts from which a guard is built, on every rank; no two kinds share a text."""
 
     tokenizer: Any
-
-    def forget_texts(self) -> Sequence[str]:
-        """Texts about what is to be forgotten."""
-        ...
-
-    def retain_texts(self) -> Sequence[str]:
-        """Distant retain texts for the selection of features."""
-        ...
-
-    def calibration_texts(self, near: bool) -> Sequence[str]:
-        """Retain texts that set the threshold, none of them among `retain_texts`.
-
-        Args:
-            near: Whether the near domain and other hazards belong to them (method `dsg_near`).
-        """
-        ...
-
-    def heldout_texts(self) -> Sequence[str]:
-        """Retain texts for the false-positive rate, in neither of the other two."""
-        ...
 
 
 class RequestData(GuardData, EvaluationData, Protocol):
@@ -100,6 +84,33 @@ class UnlearningBatch(TypedDict):
     """Number of the batch in the whole epoch, over all ranks, from 0."""
     forget: TokenBatch
     retain: TokenBatch
+
+
+class SelectionBatch(TypedDict):
+    """Texts of one purpose."""
+
+    purpose: str
+    """One of the purposes of `dsg.splits.guard_texts`."""
+    ids: Int[Tensor, " batch"]
+    """Number of each text among those of its purpose."""
+    tokens: TokenBatch | None
+    """None for a rank that has no batch in the last round of a purpose."""
+
+
+class SelectionData(Protocol):
+    """Texts from which a guard is selected, on which it is calibrated and checked."""
+
+    name: str
+    tokenizer: Any
+
+    def val_dataloader(self) -> "Sequence[SelectionBatch]":
+        """All texts, purpose after purpose; all ranks have the same purpose in each step.
+
+        Batch b of a purpose belongs to rank b modulo the number of ranks. Texts are cut and batched
+        as `trainer.lightning_module.guard_settings` say; for the method `dsg_near` the near domain
+        calibrates as well.
+        """
+        ...
 
 
 def data_of(trainer: Any, *names: str) -> Any:

@@ -5,11 +5,11 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,12 +23,12 @@ from dsg.ranks import FiringRanks, SweepPoint, sweep
 from dsg.recipes import GuardSettings, choose_features
 from dsg.results import row, write_atomically, write_results
 from dsg.sae import describe_sae, load_sae, slice_features
+from dsg.splits import describe_texts, guard_texts
 from dsg.statistics import FeatureStatistics, batch_statistics
-from dsg.tokens import TokenBatch
 from lightning_modules.distributed import add_over_ranks, gather_firing_ranks
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels
-from lightning_modules.protocols import data_of
+from lightning_modules.protocols import GUARD_DATA, SelectionBatch, data_of
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -48,33 +48,6 @@ SWEEP_COLUMNS = (
 # in the others.
 SUMMED = ("forget_selection", "retain_selection")
 COUNTED = ("retain_calibration", "retain_heldout", "forget_heldout")
-
-
-class SelectionBatch(TypedDict):
-    """Texts of one purpose."""
-
-    purpose: str
-    """One of `SUMMED` or `COUNTED`."""
-    ids: Int[Tensor, " batch"]
-    """Number of each text among those of its purpose."""
-    tokens: TokenBatch | None
-    """None for a rank that has no batch in the last round of a purpose."""
-
-
-class SelectionData(Protocol):
-    """Texts from which a guard is selected, on which it is calibrated and checked."""
-
-    name: str
-    tokenizer: Any
-
-    def val_dataloader(self) -> "Sequence[SelectionBatch]":
-        """All texts, purpose after purpose; all ranks have the same purpose in each step.
-
-        Batch b of a purpose belongs to rank b modulo the number of ranks. Texts are cut and batched
-        as `trainer.lightning_module.guard_settings` say; for the method `dsg_near` the near domain
-        calibrates as well.
-        """
-        ...
 
 
 class SelectionModule(lightning.LightningModule):
@@ -170,11 +143,17 @@ class SelectionModule(lightning.LightningModule):
         )
 
         def measure(guard: Guard, part: str) -> Float[Tensor, " n"]:
-            purpose = part if part in found else f"retain_{part}"
-            return found[purpose].statistics(guard.rule)
+            return found[part].statistics(guard.rule)
 
         guard = calibrate_guard(draft, self.guard_settings, measure)
-        guard = guard.replace(facts={**guard.facts, "sae": describe_sae(self.sae)})
+        texts = guard_texts(
+            data_of(self.trainer, *GUARD_DATA), near=self.guard_settings.method == "dsg_near"
+        )
+        origin = {
+            "sae": describe_sae(self.sae),
+            "texts": {purpose: describe_texts(part) for purpose, part in texts.items()},
+        }
+        guard = guard.replace(facts={**guard.facts, **origin})
         points = sweep(
             found["retain_calibration"],
             found["retain_heldout"],

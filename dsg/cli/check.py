@@ -147,9 +147,9 @@ def _texts(options: argparse.Namespace) -> list[str]:
 
 
 def _passages(path: Path) -> list[str]:
-    from datamodules.text_files import _paragraphs
+    from datamodules.text_files import paragraphs_of
 
-    passages = [" ".join(words) for words in _paragraphs(path) if words]
+    passages = [" ".join(words) for words in paragraphs_of(path) if words]
     if not passages:
         raise UserError(f"The file {str(path)!r} is empty; give one with text.")
     return passages

@@ -63,6 +63,14 @@ def _demo(arguments: list[str]) -> int:
     return demo.run(parser.parse_args(arguments)) or 0
 
 
+def _check(arguments: list[str]) -> int:
+    from dsg.cli import check
+
+    parser = _Parser(prog="dsg check", description=COMMANDS["check"][0])
+    check.add_arguments(parser)
+    return check.run(parser.parse_args(arguments))
+
+
 def _report(arguments: list[str]) -> int:
     parser = _Parser(prog="dsg report", description=COMMANDS["report"][0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
@@ -78,6 +86,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "validate": ("select features and calibrate a guard, or validate", _lightning("validate")),
     "test": ("evaluate a model with and without its guard", _lightning("test")),
     "predict": ("run a model over data and return its predictions", _lightning("predict")),
+    "check": ("say whether an SAE fits a model, before any experiment", _check),
     "demo": ("the whole loop on the embedded benchmark or on your own text", _demo),
     "report": ("write report.html from the results of a run", _report),
 }

@@ -64,7 +64,7 @@ def test_facts_tell_how_it_was_made(guard):
     facts = guard.facts
     assert sum(part["n"] for part in facts["texts"].values()) == len(FORGET) + len(RETAIN)
     assert facts["calibration"]["threshold_percentile"] == 95.0
-    assert facts["calibration"]["n"] == facts["texts"]["calibration"]["n"]
+    assert facts["calibration"]["n"] == facts["texts"]["retain_calibration"]["n"]
     assert facts["sae"]["architecture"] == "jumprelu"
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["mean_residual_norm"] == guard.residual_norm > 0
@@ -95,7 +95,7 @@ def test_explicit_splits_override_and_give_their_share_to_selection(model, token
     )
     sizes = {name: part["n"] for name, part in built.facts["texts"].items()}
     assert sizes["retain_selection"] == len(RETAIN)
-    assert (sizes["calibration"], sizes["heldout"]) == (5, 4)
+    assert (sizes["retain_calibration"], sizes["retain_heldout"]) == (5, 4)
 
 
 def test_overlap_is_refused_whatever_case_and_spacing(model, tokenizer):

@@ -117,7 +117,7 @@ def test_sampling_several_sequences_is_allowed(model):
 def test_static_cache_is_refused(model):
     with (
         make_guard(SAE).attached(model),
-        pytest.raises(UserError, match="must be 'dynamic' .* got 'static'"),
+        pytest.raises(UserError, match=r"must be 'dynamic' .* got 'static'"),
     ):
         model.generate(random_ids(2, 4), cache_implementation="static", max_new_tokens=3)
 
