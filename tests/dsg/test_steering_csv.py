@@ -8,57 +8,25 @@ import dsg
 from dsg.errors import UserError
 from dsg.guard import Guard
 from tests.guard_reference import LAYER, UNCOUNTED, make_guard
-from tests.helpers import BOS, HOOK_POINT, PAD, random_ids, standard_sae, tiny_model, tiny_tokenizer
+from tests.helpers import BOS, HOOK_POINT, PAD, random_ids, standard_sae, tiny_model
+from tests.steering_files import (
+    CLAMP_PRIME,
+    FACTS,
+    HARNESS,
+    HEADER,
+    REFUSAL_CLAMP,
+    REFUSAL_HEADER,
+    RELEASE,
+    SAE,
+    SAE_ID,
+    TRIGGERS,
+    WIDE_SAE,
+    imported,
+    written,
+)
 
 # Eager attention takes its softmax in float32, where a float64 mask overflows.
 MODEL = tiny_model(attn_implementation="sdpa").double()
-TOKENIZER = tiny_tokenizer()
-SAE = standard_sae(dtype="float64")
-# As wide as the SAE of the paper, so that its feature ids exist.
-WIDE_SAE = standard_sae(d_sae=16384, dtype="float64")
-RELEASE, SAE_ID = "gemma-scope-2b-pt-res-canonical", "layer_7/width_16k/canonical"
-FACTS = {"sae": {"loaded_from": [RELEASE, SAE_ID]}}
-
-# The paper's final configurations, in its own columns.
-LATENTS = {
-    11766: "coronavirus",
-    9723: "viral RNA",
-    4788: '"infections, and health"',
-    1709: "transmission",
-    9186: "",
-}
-HEADER = "latent_idx,hook_action,steering_coefficient,sae_id,sae_release,description\n"
-PRIME_ROWS = [
-    f"{latent},clamp,-300,{SAE_ID},{RELEASE},{text}\n" for latent, text in LATENTS.items()
-]
-CLAMP_PRIME = HEADER + "".join(PRIME_ROWS)
-TRIGGERS = [11766, 9723, 4788, 1709, 9186, 3058, 13381, 14050, 11078, 16246]
-REFUSAL_HEADER = (
-    "latent_idx,hook_action,refuse_id,clamp_value,steering_coefficient,sae_id,sae_release,"
-    "description\n"
-)
-REFUSAL_CLAMP = REFUSAL_HEADER + "".join(
-    f"{latent},clamp_refusal,15864,0.05,-500,{SAE_ID},{RELEASE},about {latent}\n"
-    for latent in TRIGGERS
-)
-# The merged harness's columns, with the trailing comma of its documentation.
-HARNESS = (
-    "loader,action,sparse_model,hookpoint,feature_index,steering_coefficient,sae_id,description,\n"
-    f"sae_lens,clamp,{RELEASE},layers.1,3,-20.0,{SAE_ID},first,\n"
-    f"sae_lens,clamp,{RELEASE},layers.1,7,-20,{SAE_ID},,\n"
-)
-
-
-def written(folder: Path, text: str) -> Path:
-    path = folder / "steer.csv"
-    path.write_text(text)
-    return path
-
-
-def imported(path: Path, sae=SAE, **changes) -> Guard:
-    return Guard.from_steering_csv(
-        path, sae, **{"tokenizer": TOKENIZER, "hook_point": HOOK_POINT, **changes}
-    )
 
 
 def guarded(guard: Guard, ids: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
@@ -214,23 +182,6 @@ def test_a_dropped_gate_is_noted_in_each_row(tmp_path):
     assert imported(path).gate == "token"
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"clamp_scope": "all"}, "`clamp_scope` must be 'active'.* got 'all'; use guard.replace"),
-        (
-            {"clamp_scope": "active", "trigger_limit": 0.2},
-            r"`trigger_limit` must be 0.* got 0.2; use guard.replace",
-        ),
-        ({"clamp_scope": "active", "facts": {}}, "`facts` must name the guard's SAE"),
-    ],
-)
-def test_what_the_format_cannot_say_is_refused(tmp_path, settings, message):
-    guard = make_guard(SAE, **{"gate": "token", "facts": FACTS, **settings})
-    with pytest.raises(UserError, match=message):
-        guard.to_steering_csv(tmp_path / "steer.csv")
-
-
 def test_the_harness_clamp_is_another_edit_than_a_guards(tmp_path):
     path = written(tmp_path, HARNESS)
     with pytest.raises(UserError, match=r"`action` in .* moves every token .* reinterpret=True"):
@@ -264,98 +215,3 @@ def test_hook_point_comes_from_argument_file_or_sae(tmp_path, hookpoint, recorde
     sae.cfg.metadata.hook_name = recorded
     path = written(tmp_path, HARNESS.replace("layers.1", hookpoint))
     assert imported(path, sae, hook_point=given, reinterpret=True).hook_point == expected
-
-
-def test_other_programs_spellings_are_read(tmp_path):
-    # A byte order mark, an index column, blanks, floats for ids, and a short last row.
-    text = (
-        "\ufeff,hook_action, latent_idx,steering_coefficient,sae_release,sae_id,description\r\n"
-        f"0,clamp,3.0, -2e1,{RELEASE},{SAE_ID},x\r\n"
-        f"1,clamp,0,-20.000,{RELEASE},{SAE_ID}\r\n"
-    )
-    guard = imported(written(tmp_path, text))
-    assert (guard.feature_ids, guard.clamp_value) == ([3, 0], -20.0)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must hold a header and at least one row, got 0 lines"),
-        (HEADER, "must hold a header and at least one row, got 1 lines"),
-        (
-            CLAMP_PRIME.replace("sae_release", "release"),
-            "must have the columns latent_idx, .* misses sae_release; add them",
-        ),
-        (
-            HARNESS.replace("loader", "load"),
-            "must have the columns loader, sparse_model, hookpoint, .* misses loader; add them",
-        ),
-        (
-            REFUSAL_CLAMP.replace("clamp_value", "limit"),
-            "must have the columns refuse_id, clamp_value, misses clamp_value",
-        ),
-        (
-            HEADER + PRIME_ROWS[0].replace("clamp", "push"),
-            r"`hook_action` .*'clamp_refusal'\], got 'push'",
-        ),
-        (CLAMP_PRIME.replace(",clamp,", ",clamp_cond,"), "got 'clamp_cond'"),
-        (CLAMP_PRIME.replace("hook_action", "kind"), "got 'add', which no guard does"),
-        (HARNESS.replace("clamp", "add"), r"`action` in .* must be one of \['clamp'\], got 'add'"),
-        (
-            HEADER + PRIME_ROWS[0] + PRIME_ROWS[1].replace("clamp", "add"),
-            "the same `hook_action`, got 'clamp' and 'add'",
-        ),
-        (
-            HEADER + PRIME_ROWS[0] + PRIME_ROWS[1].replace("-300", "-100"),
-            "the same `steering_coefficient`, got -300.0 and -100.0; make one file for each",
-        ),
-        (
-            HEADER + PRIME_ROWS[0] + PRIME_ROWS[1].replace("layer_7", "layer_3"),
-            "the same `sae_id`, got 'layer_7/width_16k/canonical' and 'layer_3",
-        ),
-        (
-            HEADER + PRIME_ROWS[0] + PRIME_ROWS[1].replace("-pt-", "-it-"),
-            "the same `sae_release`",
-        ),
-        (REFUSAL_CLAMP.replace("0.05", "0.1", 1), "the same `clamp_value`, got 0.1 and 0.05"),
-        (REFUSAL_CLAMP.replace("15864", "1", 1), "the same `refuse_id`, got 1 and 15864"),
-        (HARNESS.replace("layers.1", "layers.2", 1), "the same `hookpoint`"),
-        (CLAMP_PRIME.replace("-300", "nan", 1), "`steering_coefficient` must be a finite number"),
-        (CLAMP_PRIME.replace("-300", "low", 1), "must be a finite number .* got 'low'"),
-        (CLAMP_PRIME.replace("1709", "17.5"), "`latent_idx` must be a whole number .* got '17.5'"),
-        (HARNESS.replace(",7,", ",,"), "`feature_index` must be a finite number .* got ''"),
-        (REFUSAL_CLAMP.replace("0.05", "-1"), "`trigger_limit` must be finite and at least 0"),
-        (CLAMP_PRIME.replace("1709", "16384"), r"below d_sae 16384, got \[16384\]"),
-        (CLAMP_PRIME.replace("1709", "-1"), r"not negative and below d_sae 16384, got \[-1\]"),
-        (CLAMP_PRIME.replace("1709", "9723"), "unique"),
-        (REFUSAL_CLAMP.replace("15864", "1709"), "unique"),
-        (HEADER + PRIME_ROWS[0].rstrip() + ", too\n", "at most the header's 6 cells, got 7"),
-    ],
-)
-def test_bad_files_are_refused_in_one_sentence(tmp_path, text, message):
-    with pytest.raises(UserError, match=message) as caught:
-        imported(written(tmp_path, text), WIDE_SAE, reinterpret=True)
-    assert "\n" not in str(caught.value)
-
-
-def test_unreadable_files_and_unnamed_places_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"`path` must be a CSV file, got .*No such file"):
-        imported(tmp_path / "missing.csv")
-    path = tmp_path / "steer.csv"
-    path.write_bytes(b"latent_idx\n\xff\xfe\n")
-    with pytest.raises(UserError, match="must be a CSV file in UTF-8, got another file"):
-        imported(path)
-    with pytest.raises(UserError, match="`hook_point` must be given, because neither"):
-        imported(written(tmp_path, CLAMP_PRIME), WIDE_SAE, hook_point=None)
-    path = written(tmp_path, HARNESS.replace("sae_lens", "sparsify"))
-    with pytest.raises(UserError, match=r"`sae` must be given .* loader 'sparsify'"):
-        imported(path, None, reinterpret=True)
-    assert imported(path, reinterpret=True).feature_ids == [3, 7]
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path):
-    path = written(tmp_path, "old")
-    with pytest.raises(UserError):
-        make_guard(SAE, gate="token", facts=FACTS).to_steering_csv(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["steer.csv"]
-    assert path.read_text() == "old"
