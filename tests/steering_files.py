@@ -1,6 +1,7 @@
 """Steering CSV files as the paper and the harness write them, and how to read them in tests."""
 
 from pathlib import Path
+from typing import Any
 
 from dsg.guard import Guard
 from tests.helpers import HOOK_POINT, standard_sae, tiny_tokenizer
@@ -48,7 +49,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def imported(path: Path, sae=SAE, **changes) -> Guard:
+def imported(path: Path, sae: Any = SAE, **changes) -> Guard:
     return Guard.from_steering_csv(
         path, sae, **{"tokenizer": TOKENIZER, "hook_point": HOOK_POINT, **changes}
     )
