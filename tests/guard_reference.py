@@ -1,6 +1,7 @@
 """The method written a second time: one row, plain loops, full decode, no cache, no padding."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -47,6 +48,10 @@ def reference(model, sae, guard, ids, prompt_length=None, running=True) -> Refer
     h = captured[0][0]
     z = sae.encode(h)
 
+    def decode(feature_acts):
+        sae.encode(h)  # SAELens takes the norms to undo from the last encoding, and then forgets
+        return sae.decode(feature_acts)
+
     selected = guard.feature_ids
     counted = [token not in UNCOUNTED for token in ids]
     active = [any(z[t, j] > 0 for j in selected) for t in range(len(ids))]
@@ -56,8 +61,23 @@ def reference(model, sae, guard, ids, prompt_length=None, running=True) -> Refer
         seen = [t for t in range(end) if counted[t]]
         return sum(active[t] for t in seen) / len(seen) if seen else 0.0
 
+    def statistic(end):
+        flags = [active[t] for t in range(end) if counted[t]]
+        if guard.gate == "window":
+            size = guard.window_size
+            runs = [flags[i : i + size] for i in range(len(flags) - size + 1)] or [flags]
+            return max((sum(run) / len(run) for run in runs if run), default=0.0)
+        if guard.gate == "cusum":
+            leak = Fraction(round(guard.leak * 65536), 65536)
+            level = peak = Fraction(0)
+            for flag in flags:
+                level = max(Fraction(0), level + flag - leak)
+                peak = max(peak, level)
+            return float(peak)
+        return density(end)
+
     def is_open(end):
-        return any(counted[:end]) if guard.gate == "token" else density(end) > guard.threshold
+        return any(counted[:end]) if guard.gate == "token" else statistic(end) > guard.threshold
 
     triggered = [is_open(prompt_length)] * prompt_length
     for t in range(prompt_length, len(ids)):
@@ -69,11 +89,12 @@ def reference(model, sae, guard, ids, prompt_length=None, running=True) -> Refer
         value *= guard.residual_norm
     z_new = z.clone()
     for t in range(len(ids)):
-        if triggered[t] and counted[t] and active[t]:
-            for j in selected:
-                if guard.clamp_scope == "all" or z[t, j] > 0:
-                    z_new[t, j] = value
-    edited = h + sae.decode(z_new) - sae.decode(z)
+        above = [j for j in selected if z[t, j] > guard.trigger_limit]
+        if triggered[t] and counted[t] and above:
+            everything = selected if guard.clamp_scope == "all" else above
+            for j in [guard.refusal_id] if guard.edit == "refusal" else everything:
+                z_new[t, j] = value
+    edited = h + decode(z_new) - decode(z)
 
     handle = layer.register_forward_hook(lambda _m, _a, _o: edited[None])
     with torch.no_grad():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from dsg.errors import UserError
 from dsg.tokens import pad_sequences
 from tests.guard_reference import UNCOUNTED, make_guard, reference
-from tests.helpers import jumprelu_sae, random_ids, standard_sae, tiny_model
+from tests.helpers import SAE_BUILDERS, random_ids, standard_sae, tiny_model
 
 MODEL, SAE = tiny_model(), standard_sae()
 # Eager attention takes its softmax in float32, where a float64 mask overflows.
@@ -107,28 +107,51 @@ def test_density_refuses_another_width():
         make_guard(standard_sae(d_in=8)).density(MODEL, random_ids(1, 2))
 
 
-@settings(max_examples=40, deadline=None)
+NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale"]
+SAES64 = {
+    (architecture, normalization): build(dtype="float64", normalize_activations=normalization)
+    for architecture, build in SAE_BUILDERS.items()
+    for normalization in NORMALIZATIONS
+}
+GATES = [
+    {"gate": "density"},
+    {"gate": "token"},
+    {"gate": "window", "window_size": 2},
+    {"gate": "window", "window_size": 5},
+    {"gate": "cusum", "leak": 0.25},
+    {"gate": "cusum", "leak": 0.6},
+]
+EDITS = [
+    {"clamp_scope": "all"},
+    {"clamp_scope": "active"},
+    {"clamp_scope": "active", "trigger_limit": 0.5},
+    {"edit": "refusal"},
+    {"edit": "refusal", "trigger_limit": 0.5},
+]
+
+
+@settings(max_examples=120, deadline=None)
 @given(
     SEQUENCES,
     st.sampled_from(["left", "right"]),
-    st.sampled_from(["all", "active"]),
+    st.sampled_from(EDITS),
     st.sampled_from(["activation", "residual_norm"]),
-    st.sampled_from(["density", "token"]),
+    st.sampled_from(GATES),
     st.sampled_from([0.0, 0.3, 0.6]),
-    st.booleans(),
+    st.sampled_from(sorted(SAES64)),
 )
 def test_guarded_logits_equal_a_brute_force_full_decode(
-    sequences, side, scope, unit, gate, threshold, jump
+    sequences, side, edit, unit, gate, threshold, sae_name
 ):
-    sae = jumprelu_sae(dtype="float64") if jump else SAE64
+    sae = SAES64[sae_name]
     guard = make_guard(
         sae,
-        clamp_scope=scope,
         clamp_unit=unit,
-        gate=gate,
         threshold=threshold,
         residual_norm=3.0,
         clamp_value=-4.0,
+        **edit,
+        **gate,
     )
     batch = pad_sequences(sequences, 0, UNCOUNTED, side)
     with guard.attached(MODEL64) as attachment, torch.no_grad():
