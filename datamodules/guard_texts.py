@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from datamodules.loading import batch_loader
 from dsg.errors import UserError
 from dsg.recipes import GuardSettings
-from dsg.splits import TextSource, check_disjoint, guard_texts
+from dsg.splits import TextSource, check_texts, guard_texts
 from dsg.statistics import compact_sequences
 from dsg.tokens import length_batches, pad_sequences, padding_id, uncounted_token_ids
 
@@ -39,7 +39,7 @@ def selection_loader(data: GuardTexts) -> DataLoader:
             f"{type(data.trainer.lightning_module).__name__}; use SelectionModule."
         )
     texts = guard_texts(data, near=settings.method == "dsg_near")
-    check_disjoint(texts)
+    check_texts(texts)
     pad_id, uncounted_ids = padding_id(data.tokenizer), uncounted_token_ids(data.tokenizer)
 
     def collate(batches: list[tuple[str, list[int], list[np.ndarray]]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dsg.guard import ClampUnit, Guard
 from dsg.hooks import unwrap
 from dsg.making import GuardMaker
 from dsg.recipes import GuardSettings
-from dsg.splits import FORGET_FRACTIONS, RETAIN_FRACTIONS, check_disjoint, split_by_hash
+from dsg.splits import FORGET_FRACTIONS, RETAIN_FRACTIONS, check_texts, split_by_hash
 from dsg.statistics import Importance
 
 if TYPE_CHECKING:
@@ -123,5 +123,5 @@ def _split(
                 f"the split {name!r} must hold at least one text, got none; pass more "
                 f"{name.split('_')[0]} texts."
             )
-    check_disjoint(splits)
+    check_texts(splits)
     return splits

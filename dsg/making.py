@@ -15,7 +15,7 @@ from dsg.guard import Guard
 from dsg.hooks import check_width, resolve_hook_point
 from dsg.identity import ModelIdentity, check_sae_place
 from dsg.recipes import GuardSettings, choose_features, refusal_feature
-from dsg.sae import describe_sae, slice_features
+from dsg.sae import check_supported, describe_sae, slice_features
 from dsg.selection import Selection
 from dsg.splits import describe_texts
 from dsg.statistics import FeatureStatistics, collect_statistics, corpus_batches
@@ -140,6 +140,7 @@ class GuardMaker:
         calibration_texts: Sequence[str],
         heldout_texts: Sequence[str],
     ) -> None:
+        check_supported(sae)
         check_width(model, sae.cfg.d_in)
         resolve_hook_point(model, settings.hook_point)
         check_sae_place(model, sae, settings.hook_point)

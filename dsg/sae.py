@@ -172,7 +172,8 @@ def check_supported(sae: "SAE[Any]") -> None:
     """Refuses an SAE that a guard cannot use, by name and with the reason.
 
     Raises:
-        UserError: If architecture, input normalisation or reshaping is unsupported.
+        UserError: If architecture, input normalisation or reshaping is unsupported, or a weight is
+            not finite.
     """
     architecture = sae.cfg.architecture()
     if architecture not in (*_SLICED, *COMPETING):
@@ -193,4 +194,10 @@ def check_supported(sae: "SAE[Any]") -> None:
             "the SAE must read the residual stream through a ReLU, got reshape_activations "
             f"{sae.cfg.reshape_activations!r} and {type(sae.activation_fn).__name__}; use an SAE "
             "of a residual-stream hook point."
+        )
+    spoilt = [name for name, weight in sae.named_parameters() if not weight.isfinite().all()]
+    if spoilt:
+        raise UserError(
+            f"the SAE's weights must be finite, got nan or inf in {', '.join(spoilt)}; load it "
+            "again."
         )

@@ -83,16 +83,20 @@ def guard_texts(source: TextSource, *, near: bool) -> dict[str, Sequence[str]]:
     }
 
 
-def check_disjoint(splits: Mapping[str, Sequence[str]]) -> None:
-    """Refuses splits that share a text, whatever its case and spacing.
+def check_texts(splits: Mapping[str, Sequence[str]]) -> None:
+    """Refuses blank texts, and splits that share a text, whatever its case and spacing.
 
     Raises:
-        UserError: If two of them do.
+        UserError: If there are such texts.
     """
     seen: dict[str, str] = {}
     for name, texts in splits.items():
         # Within a split, repetitions are the user's weighting.
         for text in dict.fromkeys(map(_normalised, texts)):
+            if not text:
+                raise UserError(
+                    f"every text must hold a word, got a blank one in {name!r}; remove it."
+                )
             if text in seen:
                 raise UserError(
                     f"splits must not share a text, got {text[:60]!r} in {seen[text]!r} and "

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from dsg.errors import UserError
 from dsg.features import Features, check_finite
 from dsg.guard import Guard
-from dsg.hooks import read_activations
+from dsg.hooks import check_width, read_activations
 from dsg.identity import check_sae_place
 from dsg.making import calibrate_guard, draft_guard
 from dsg.ranks import FiringRanks, SweepPoint, sweep
 from dsg.recipes import GuardSettings, choose_features
 from dsg.results import row, write_atomically, write_results
-from dsg.sae import describe_sae, load_sae, slice_features
+from dsg.sae import check_supported, describe_sae, load_sae, slice_features
 from dsg.splits import describe_texts, guard_texts
 from dsg.statistics import FeatureStatistics, batch_statistics
 from lightning_modules.distributed import add_over_ranks, gather_firing_ranks
@@ -98,6 +98,8 @@ class SelectionModule(lightning.LightningModule):
         settings = self.guard_settings
         self.model = load_model(self.model_name)
         sae = load_sae(settings.sae, settings.sae_id, device=str(self._root_device))
+        check_supported(sae)
+        check_width(self.model, sae.cfg.d_in)
         check_sae_place(self.model, sae, settings.hook_point)
         # In a tuple it is no submodule, which a run in half precision would cast.
         self._held = (sae,)

@@ -63,6 +63,14 @@ def _demo(arguments: list[str]) -> int:
     return demo.run(parser.parse_args(arguments)) or 0
 
 
+def _bench(arguments: list[str]) -> int:
+    from dsg.cli import bench
+
+    parser = _Parser(prog="dsg bench", description=COMMANDS["bench"][0])
+    bench.add_arguments(parser)
+    return bench.run(parser.parse_args(arguments))
+
+
 def _check(arguments: list[str]) -> int:
     from dsg.cli import check
 
@@ -88,6 +96,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "predict": ("run a model over data and return its predictions", _lightning("predict")),
     "check": ("say whether an SAE fits a model, before any experiment", _check),
     "demo": ("the whole loop on the embedded benchmark or on your own text", _demo),
+    "bench": ("measure the guard's speed and the memory of selection", _bench),
     "report": ("write report.html from the results of a run", _report),
 }
 

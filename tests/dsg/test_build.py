@@ -123,6 +123,54 @@ def test_what_does_not_fit_is_refused(model, tokenizer):
         build_guard(model, tokenizer, standard_sae(), [], RETAIN, **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"forget": [*FORGET, " \n\t"]},
+            "every text must hold a word, got a blank one in",
+        ),
+        ({"retain": []}, "the split 'retain_selection' must hold at least one text"),
+        ({"num_features": 0}, "`num_features` must be at least 1, got 0"),
+        ({"ratio_percentile": 101.0}, r"`ratio_percentile` must be in \[0, 100\], got 101.0"),
+        ({"threshold_percentile": -1.0}, r"`threshold_percentile` must be in \[0, 100\]"),
+        ({"hook_point": "blocks.9.hook_resid_post"}, "one of the model's 3 decoder layers"),
+        ({"clamp_value": float("nan")}, "`clamp_value` must be finite"),
+        ({"max_length": 0}, "`max_length` must be at least 1 token"),
+    ],
+)
+def test_bad_input_is_one_sentence(model, tokenizer, changes, message):
+    options = {**OPTIONS, "forget": FORGET, "retain": RETAIN, **changes}
+    forget, retain = options.pop("forget"), options.pop("retain")
+    with pytest.raises(UserError, match=message) as caught:
+        build_guard(model, tokenizer, jumprelu_sae(), forget, retain, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_saes_that_do_not_belong_here_are_refused(model, tokenizer):
+    elsewhere, spoilt = jumprelu_sae(), jumprelu_sae()
+    elsewhere.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    with pytest.raises(UserError, match=r"where the SAE was trained, 'blocks\.0\.hook_resid_post'"):
+        build_guard(model, tokenizer, elsewhere, FORGET, RETAIN, **OPTIONS)
+    spoilt.W_dec.data[3, 3] = torch.nan
+    with pytest.raises(UserError, match="weights must be finite, got nan or inf in W_dec"):
+        build_guard(model, tokenizer, spoilt, FORGET, RETAIN, **OPTIONS)
+
+
+def test_the_same_place_under_another_name_is_accepted(model, tokenizer):
+    sae = jumprelu_sae()
+    sae.cfg.metadata.hook_name = "blocks.2.hook_resid_pre"
+    guard = build_guard(model, tokenizer, sae, FORGET, RETAIN, **OPTIONS)
+    assert guard.facts["sae"]["hook_name"] == "blocks.2.hook_resid_pre"
+
+
+def test_fewer_features_than_asked_for_are_taken_and_said(model, tokenizer, caplog):
+    options = {**OPTIONS, "num_features": 24, "ratio_percentile": 80.0}
+    guard = build_guard(model, tokenizer, jumprelu_sae(), FORGET, RETAIN, **options)
+    assert 0 < len(guard.feature_ids) < 24
+    assert f"only {len(guard.feature_ids)} of 24 features" in caplog.text
+
+
 @given(st.lists(st.text(max_size=5), max_size=20), st.text(max_size=5))
 def test_a_texts_split_does_not_depend_on_the_others(others, text):
     alone = split_by_hash([text], (0.5, 0.25, 0.25))
