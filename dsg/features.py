@@ -86,20 +86,25 @@ class Features(DeviceOnlyModule, ABC):
         Raises:
             UserError: If `h` has another width.
         """
-        if h.shape[-1] != self.d_in:
-            raise UserError(
-                f"the hook point must be {self.d_in} wide like the SAE's input, got "
-                f"{h.shape[-1]}; choose a decoder layer."
-            )
         # Autocast would run the product in half precision and move features across thresholds.
         with torch.autocast(h.device.type, enabled=False):
-            x = h.to(torch.promote_types(h.dtype, self.W_dec.dtype))
-            if self.normalization == "layer_norm":
-                x = x - x.mean(-1, keepdim=True)
-                x = x / (x.std(-1, keepdim=True) + _LAYER_NORM_EPSILON)
-            elif self.normalization == "constant_norm_rescale":
-                x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
-            return self._encode(x)
+            return self._encode(self._normalised(h))
+
+    def margin(self, h: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
+        """How far each selected feature is from firing, differentiable, at least in float32.
+
+        Args:
+            h: Hook-point activations of any float dtype.
+
+        Returns:
+            Activation units: above 0 exactly where the feature is active. Where a competing feature
+            is not active it is -inf, because its distance depends on all the others.
+
+        Raises:
+            UserError: If `h` has another width.
+        """
+        with torch.autocast(h.device.type, enabled=False):
+            return self._margin(self._normalised(h))
 
     def output_scale(self, h: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes 1"] | None:
         """Units of the residual stream per unit of decoder output; None where they are the same.
@@ -114,6 +119,20 @@ class Features(DeviceOnlyModule, ABC):
             return x.norm(dim=-1, keepdim=True) / self.d_in**0.5
         return None
 
+    def _normalised(self, h: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes d_in"]:
+        if h.shape[-1] != self.d_in:
+            raise UserError(
+                f"the hook point must be {self.d_in} wide like the SAE's input, got "
+                f"{h.shape[-1]}; choose a decoder layer."
+            )
+        x = h.to(torch.promote_types(h.dtype, self.W_dec.dtype))
+        if self.normalization == "layer_norm":
+            x = x - x.mean(-1, keepdim=True)
+            x = x / (x.std(-1, keepdim=True) + _LAYER_NORM_EPSILON)
+        elif self.normalization == "constant_norm_rescale":
+            x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
+        return x
+
     @property
     @abstractmethod
     def encoder(self) -> dict[str, Any]:
@@ -122,6 +141,11 @@ class Features(DeviceOnlyModule, ABC):
     @abstractmethod
     def _encode(self, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
         """Activations of the selected features for normalised input."""
+
+    def _margin(self, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
+        """Distance from firing for normalised input."""
+        acts = self._encode(x)
+        return acts.masked_fill(acts <= 0, -torch.inf)
 
     def _add(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
@@ -191,10 +215,19 @@ class FeatureSlice(Features):
         return {"kind": "slice", "normalization": self.normalization}
 
     def _encode(self, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
-        pre = x @ self.W_enc.to(x.dtype)
-        magnitude = pre * self.magnitude_scale.to(x.dtype) + self.magnitude_bias.to(x.dtype)
+        pre, magnitude = self._paths(x)
         active = pre + self.b_enc.to(x.dtype) > self.activation_threshold.to(x.dtype)
         return magnitude.relu() * active
+
+    def _margin(self, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
+        pre, magnitude = self._paths(x)
+        above = pre + self.b_enc.to(x.dtype) - self.activation_threshold.to(x.dtype)
+        return torch.minimum(above, magnitude)
+
+    def _paths(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-activation without its bias, and the magnitude that an active feature has."""
+        pre = x @ self.W_enc.to(x.dtype)
+        return pre, pre * self.magnitude_scale.to(x.dtype) + self.magnitude_bias.to(x.dtype)
 
 
 def check_finite(

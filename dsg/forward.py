@@ -19,11 +19,12 @@ class Forward:
     """Forward passes of a model under a guard, or of the plain model; made by `guarded`.
 
     Attributes:
+        model: The unwrapped causal LM.
         can_skip_logits: Whether the model takes `logits_to_keep`.
     """
 
     def __init__(self, model: PreTrainedModel, attachment: Attachment | None) -> None:
-        self._model = model
+        self.model = model
         self._attachment = attachment
         parameters = inspect.signature(model.forward).parameters
         self.can_skip_logits = "logits_to_keep" in parameters
@@ -32,7 +33,7 @@ class Forward:
         """The model's output for a batch of tokens."""
         if self._attachment is not None:
             options["token_mask"] = tokens.token_mask
-        return self._model(**tokens.model_inputs(), **options)
+        return self.model(**tokens.model_inputs(), **options)
 
     def repeat_sequences(self, cache: Any, repeats: int) -> None:
         """Repeat each sequence of a KV cache, the copies in adjacent rows."""
