@@ -80,6 +80,8 @@ def draft_guard(
 def calibrate_guard(guard: Guard, settings: GuardSettings, measure: Measure) -> Guard:
     """Sets the threshold, and for the gate `cusum` the leak, and notes how the gate errs.
 
+    The gate `token` has no threshold, and nothing is measured for it.
+
     The leak is the threshold that the density would have: the sum rises where text fires more often
     than the retain texts that the gate lets pass.
 
@@ -92,6 +94,12 @@ def calibrate_guard(guard: Guard, settings: GuardSettings, measure: Measure) -> 
     Raises:
         UserError: There is no calibration text, or the percentile is out of range.
     """
+    facts: dict[str, Any] = {
+        "mean_residual_norm": guard.residual_norm,
+        "versions": {name: _version(name) for name in _LIBRARIES},
+    }
+    if guard.gate == "token":  # nothing to calibrate: every sequence is edited
+        return guard.replace(facts={**guard.facts, **facts})
     percentile = settings.threshold_percentile
     densities = measure(guard, "retain_calibration")
     threshold = calibrate_threshold(densities, percentile)
@@ -102,12 +110,8 @@ def calibrate_guard(guard: Guard, settings: GuardSettings, measure: Measure) -> 
         threshold = calibrate_threshold(measure(guard, "retain_calibration"), percentile)
     guard = guard.replace(threshold=threshold)
     rate = false_positive_rate(measure(guard, "retain_heldout"), threshold)
-    facts = {
-        "calibration": {"n": densities.numel(), "threshold_percentile": percentile},
-        "false_positive_rate": asdict(rate) if rate.n else None,
-        "mean_residual_norm": guard.residual_norm,
-        "versions": {name: _version(name) for name in _LIBRARIES},
-    }
+    facts["calibration"] = {"n": densities.numel(), "threshold_percentile": percentile}
+    facts["false_positive_rate"] = asdict(rate) if rate.n else None
     forget = measure(guard, "forget_heldout")
     if forget.numel():
         facts["forget_trigger_rate"] = asdict(false_positive_rate(forget, threshold))

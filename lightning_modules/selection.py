@@ -163,7 +163,7 @@ class SelectionModule(lightning.LightningModule):
             self.guard_settings.threshold_percentile,
             guard.rule,
         )
-        rows = self._rows(guard, points[-1], len(found["retain_calibration"].densities()))
+        rows = self._rows(points[-1], len(found["retain_calibration"].densities()))
         logged = {
             f"val/{found['domain']}/guard_on/{found['metric']}": found["value"]
             for found in rows
@@ -218,7 +218,7 @@ class SelectionModule(lightning.LightningModule):
         if batch["purpose"] == "retain_calibration":
             add_over_ranks(self.calibration, part, self._root_device)
 
-    def _rows(self, guard: Guard, point: SweepPoint, num_calibration: int) -> list[dict[str, Any]]:
+    def _rows(self, point: SweepPoint, num_calibration: int) -> list[dict[str, Any]]:
         labels = Labels(
             experiment=self.experiment,
             method=self.guard_settings.method,
@@ -231,7 +231,7 @@ class SelectionModule(lightning.LightningModule):
                 "retain",
                 "calibration",
                 "threshold",
-                {"value": guard.threshold, "n": num_calibration},
+                {"value": point.threshold, "n": num_calibration},
             ),
             ("retain", "heldout", "false_positive_rate", asdict(point.false_positive_rate)),
             ("forget", "heldout", "forget_trigger_rate", asdict(point.forget_trigger_rate)),

@@ -178,9 +178,10 @@ def test_every_kind_of_guard_is_the_one_that_other_runs_make(toy, tmp_path, chan
     for name in ("threshold", "residual_norm", "gate", "leak", "edit", "refusal_id"):
         assert getattr(found, name) == getattr(expected, name)
     for name in ("false_positive_rate", "forget_trigger_rate", "calibration"):
-        assert found.facts[name] == expected.facts[name]
+        assert found.facts.get(name) == expected.facts.get(name)
     last = read_sweep(tmp_path)[-1]
-    assert float(last["threshold"]) == expected.threshold
+    if expected.gate != "token":  # which has no threshold
+        assert float(last["threshold"]) == expected.threshold
 
 
 def test_near_texts_calibrate_where_the_method_says_so(toy, tmp_path):
