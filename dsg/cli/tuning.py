@@ -1,15 +1,16 @@
 """Choosing settings on the validation half: the same number of tries for every method."""
 
 import copy
-import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from rich.progress import track
 
 from dsg.evaluation import score_all
+from dsg.grid.choosing import Choice, Try, best
+from dsg.grid.overrides import combinations
 from dsg.guard import Guard
 from dsg.making import GuardMaker
 from dsg.metrics import alignment
@@ -49,32 +50,6 @@ RMU_TARGET = "mlp."  # down projections alone forget far less on so small a mode
 NUM_RANDOM_DRAWS = 5
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The best settings of a method on the validation half.
-
-    Attributes:
-        settings: What was varied, at its best.
-        validation: `alignment`, `forget_accuracy`, `retain_accuracy` there.
-        tried: Number of settings that were compared.
-    """
-
-    settings: dict[str, Any]
-    validation: dict[str, float]
-    tried: int
-
-
-def best(tries: Sequence[tuple[dict[str, Any], dict[str, float]]]) -> Choice:
-    """The try with the highest alignment; the earlier one of equals."""
-    settings, validation = max(tries, key=lambda one: one[1]["alignment"])
-    return Choice(settings, validation, len(tries))
-
-
-def combinations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """All combinations of a grid's values, the last name varying fastest."""
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
 class GuardTuner:
     """Compares guard settings by their accuracies on validation questions.
 
@@ -109,13 +84,17 @@ class GuardTuner:
         return maker.make(self._forget)
 
     def choose(self, settings: GuardSettings, grid: dict[str, list[Any]]) -> Choice:
+        """The best of what `tries` compares."""
+        return best(self.tries(settings, grid))
+
+    def tries(self, settings: GuardSettings, grid: dict[str, list[Any]]) -> list[Try]:
         """Try every combination of a grid.
 
         Args:
             settings: What stays fixed.
             grid: Values to try, by the name of the setting.
         """
-        tries = []
+        found_by_try: list[Try] = []
         # A grid asks for more features than some rule may leave; what was taken is in the guard.
         logging.getLogger("dsg.selection").setLevel(logging.ERROR)
         for varied in track(combinations(grid), f"choosing {settings.method}", transient=True):
@@ -128,8 +107,8 @@ class GuardTuner:
                 "forget_accuracy": found["forget"],
                 "retain_accuracy": found["retain"],
             }
-            tries.append((varied, validation))
-        return best(tries)
+            found_by_try.append((varied, validation))
+        return found_by_try
 
     def _accuracies(self, guard: Guard | None) -> dict[str, float]:
         correct = score_all(self._maker.model, self._batches, guard)["correct"]
