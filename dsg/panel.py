@@ -58,6 +58,9 @@ class Panel:
         layers: The hook point of each.
         policy: Who edits a sequence; see `dsg.attachment.attach`.
         running: Whether tokens after the prompt extend the evidence.
+
+    Raises:
+        UserError: If guards of one layer come from different SAEs.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Panel:
         self._policy, self._running = policy, running
         self._at: dict[nn.Module, list[int]] = {layer: [] for layer in layers}
         for index, layer in enumerate(layers):
+            for other in self._at[layer]:
+                check_same_sae(self.guards[other], self.guards[index])
             self._at[layer].append(index)
         # Read once: buffers on an accelerator would make every forward pass wait for it.
         # No density is below 0: a token gate is a density gate that is always open.
@@ -156,3 +161,22 @@ class Panel:
         votes = [forward.votes[i].to(own.device) for one in ran for i in self._at[one]]
         num_open = torch.stack(votes).sum(0)
         return num_open > (0 if self._policy == "any" else len(votes) / 2)
+
+
+def check_same_sae(older: "Guard", younger: "Guard") -> None:
+    """Refuses two guards of one hook point that come from different SAEs.
+
+    Raises:
+        UserError: If a feature of both has different decoder rows.
+    """
+    # Equal ids mean equal features only within one SAE.
+    older_ids = older.features.feature_ids.tolist()
+    for column, feature_id in enumerate(younger.features.feature_ids.tolist()):
+        if feature_id in older_ids:
+            mine = younger.features.W_dec[column]
+            theirs = older.features.W_dec[older_ids.index(feature_id)]
+            if not torch.equal(mine.cpu(), theirs.cpu()):
+                raise UserError(
+                    "guards of one hook point must come from one SAE, but feature "
+                    f"{feature_id} has different decoder rows; rebuild them with the same SAE."
+                )

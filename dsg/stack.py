@@ -4,13 +4,12 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import get_args
 
-import torch
 from torch import nn
 
 from dsg.attachment import Attachment, Continuation, DecisionRule, attach
 from dsg.errors import UserError, check_choice
 from dsg.guard import Guard
-from dsg.panel import Policy
+from dsg.panel import Policy, check_same_sae
 
 
 class GuardStack(nn.Module):
@@ -53,7 +52,7 @@ class GuardStack(nn.Module):
         """
         for other in self.guards:
             if other.hook_point == guard.hook_point:
-                _check_same_sae(other, guard)
+                check_same_sae(other, guard)
         self._guards.append(guard)
 
     def attached(
@@ -64,17 +63,3 @@ class GuardStack(nn.Module):
     ) -> AbstractContextManager[Attachment]:
         """Guards the model inside a `with` block; see `dsg.attachment.attach`."""
         return attach(self.guards, model, decision, continuation, self.policy)
-
-
-def _check_same_sae(older: Guard, younger: Guard) -> None:
-    # Equal ids mean equal features only within one SAE.
-    older_ids = older.features.feature_ids.tolist()
-    for column, feature_id in enumerate(younger.features.feature_ids.tolist()):
-        if feature_id in older_ids:
-            mine = younger.features.W_dec[column]
-            theirs = older.features.W_dec[older_ids.index(feature_id)]
-            if not torch.equal(mine.cpu(), theirs.cpu()):
-                raise UserError(
-                    "guards of one hook point must come from one SAE, but feature "
-                    f"{feature_id} has different decoder rows; rebuild them with the same SAE."
-                )

@@ -177,3 +177,10 @@ def test_a_guard_at_an_unknown_place_attaches_none_of_them():
     with pytest.raises(UserError, match="one of the model's 4 decoder layers"):
         GuardStack([GUARDS[1], lost]).attached(MODEL).__enter__()
     assert not MODEL.model.layers[1]._forward_hooks
+
+
+def test_two_saes_at_one_place_are_refused_whatever_its_name():
+    other = make_guard(standard_sae(dtype="float64", seed=9), [12], hook_point="model.layers.1")
+    with pytest.raises(UserError, match="feature 12 has different decoder rows"):
+        GuardStack([GUARDS[1], other]).attached(MODEL).__enter__()
+    assert not MODEL.model.layers[1]._forward_hooks
