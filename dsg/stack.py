@@ -7,7 +7,7 @@ from typing import get_args
 from torch import nn
 
 from dsg.attachment import Attachment, Continuation, DecisionRule, attach
-from dsg.errors import UserError, check_choice
+from dsg.errors import check_choice
 from dsg.guard import Guard
 from dsg.panel import Policy, check_same_sae
 
