@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dsg.errors import UserError
 from dsg.hooks import unwrap
@@ -33,7 +34,8 @@ def prepare_attack(
         optimizer may change requires gradients, nothing else does.
 
     Raises:
-        UserError: The model already carries an adapter, `kind` is unknown, or no layer matches.
+        UserError: The model already carries an adapter, `kind` is unknown, the rank is below 1, or
+            a target matches no layer.
     """
     if hasattr(model, "peft_config") or unwrap(model) is not model:
         raise UserError(
@@ -44,15 +46,10 @@ def prepare_attack(
         return model.requires_grad_(True)
     if kind != "lora":
         raise UserError(f"`kind` must be 'full' or 'lora', got {kind!r}; choose one of them.")
+    _check_adapter(model, rank, targets)
     # Here, because importing peft takes a second and most runs need none of it.
     from peft import LoraConfig, get_peft_model
 
-    layers = {name.rpartition(".")[2] for name, _ in unwrap(model).named_modules()}
-    if not layers & set(targets):
-        raise UserError(
-            f"`targets` must name linear layers of the model, got {list(targets)}; choose among "
-            f"{sorted(layers - {''})}."
-        )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
@@ -66,3 +63,19 @@ def prepare_attack(
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that training may change, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _check_adapter(model: nn.Module, rank: int, targets: Sequence[str]) -> None:
+    if rank < 1:
+        raise UserError(f"`rank` of the adapter must be at least 1, got {rank}; try 8.")
+    kinds = (nn.Linear, Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    # A target that is skipped in silence would make a weaker attack look like a strong defence.
+    unknown = [
+        target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)
+    ]
+    if unknown or not targets:
+        raise UserError(
+            f"`targets` must name linear layers of the model, got {unknown or list(targets)}; "
+            f"choose among {sorted({name.rpartition('.')[2] for name in names})}."
+        )

@@ -1,5 +1,6 @@
 """How much of what was forgotten an attack brings back, from accuracies per epoch."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,8 +44,8 @@ def area_under_recovery(accuracies: Accuracies, base: float) -> float | None:
     shares = recovered_shares(accuracies, base)
     if shares is None or len(shares) < 2:
         return None
-    pairs = zip(shares[:-1], shares[1:], strict=True)
-    return sum((first + second) / 2 for first, second in pairs) / (len(shares) - 1)
+    trapezoids = [(before + after) / 2 for before, after in itertools.pairwise(shares)]
+    return sum(trapezoids) / len(trapezoids)
 
 
 def epochs_to_half(accuracies: Accuracies, base: float) -> float | None:
@@ -57,7 +58,7 @@ def epochs_to_half(accuracies: Accuracies, base: float) -> float | None:
         UserError: There is no accuracy.
     """
     shares = recovered_shares(accuracies, base) or []
-    for epoch, (before, after) in enumerate(zip(shares[:-1], shares[1:], strict=True)):
+    for epoch, (before, after) in enumerate(itertools.pairwise(shares)):
         if after >= 0.5:
             return epoch + (0.5 - before) / (after - before)
     return None

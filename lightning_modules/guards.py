@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import lightning
 from transformers import PreTrainedModel
 
+from dsg.errors import UserError
 from dsg.guard import Guard
 from dsg.making import GuardMaker
 from dsg.recipes import GuardSettings
@@ -36,6 +37,28 @@ def make_guard(
     texts = guard_texts(data, near=settings.method == "dsg_near")
     forget = {name: texts[name] for name in ("forget_selection", "forget_heldout")}
     return maker.make(maker.statistics(texts["forget_selection"]), forget)
+
+
+def remaking_settings(settings: GuardSettings, guard: Guard) -> GuardSettings:
+    """How to make a guard again, as when the model has changed since.
+
+    Args:
+        settings: How the run makes or loads its guard; its SAE is used.
+        guard: That guard.
+
+    Raises:
+        UserError: A saved guard does not tell how it was made.
+    """
+    if settings.artifact is None:
+        return settings
+    stored = guard.facts.get("settings")
+    if stored is None:
+        raise UserError(
+            f"the guard in {settings.artifact!r} must tell the settings it was made with so that "
+            "it can be made again, but it does not; leave `artifact` out and give them here."
+        )
+    sae = {"sae": settings.sae, "sae_id": settings.sae_id}
+    return GuardSettings(**{**stored, **sae, "artifact": None})
 
 
 def guard_maker(

@@ -1,6 +1,6 @@
 """Scores validation or test batches with the guard off and on, logs and records the outcome."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +8,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from dsg.drift import DRIFT_COLUMNS, Drift, measure_drift
 from dsg.errors import UserError
 from dsg.evaluation import Measurement, PerSample, columns_of, score, summarise
 from dsg.guard import Guard
@@ -26,6 +27,8 @@ from lightning_modules.protocols import Split
 AnyGuard = Guard | GuardStack
 Values = dict[str, Tensor]
 
+_ON_PASSAGES_ONLY = ("perplexity", "drift_cosine", "drift_norm_ratio")
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -35,7 +38,7 @@ class Labels:
         experiment: Name of the experiment.
         method: `base`, `dsg`, `dsg_near`, `static_clamp`, `farrell`, `random` or `rmu`.
         mode: `test_time`, `train_time` or None.
-        attack: `relearn_full`, `relearn_lora` or None.
+        attack: `relearn_full` or `relearn_lora`, and what is not ordinary about it; or None.
         seed: Of the run.
         model: Short name of the model.
         dataset: Name of the data set.
@@ -57,7 +60,8 @@ class Measurer:
         rows: Result rows of all finished evaluations.
         baseline: Question values of the base model, for the alignment score.
         samples: Per-sample values of the last evaluation in the order of the sample ids, under
-            the guard's state (`none`, `off`, `on`) and the protocol (`cloze`, `passages`).
+            the guard's state (`none`, `off`, `on`, or the name of a further guard) and the protocol
+            (`cloze`, `passages`).
     """
 
     def __init__(self) -> None:
@@ -68,6 +72,8 @@ class Measurer:
         self._passages: Sequence[Passage] = ()
         self._split: Split = "validation"
         self._base_model: nn.Module | None = None
+        self._further: dict[str, AnyGuard] = {}
+        self._drift: Drift | None = None
         self._metrics: dict[tuple[str, tuple[str, ...]], PerSample] = {}
 
     def start(
@@ -76,6 +82,9 @@ class Measurer:
         split: Split,
         guard: AnyGuard | None,
         base_model: nn.Module | None = None,
+        *,
+        further: Mapping[str, AnyGuard] | None = None,
+        drift: Drift | None = None,
     ) -> None:
         """Begin an evaluation.
 
@@ -85,20 +94,27 @@ class Measurer:
             guard: What will be attached.
             base_model: Scored as well, as the baseline of the alignment score. Without it the
                 first unguarded values that were ever measured are the baseline.
+            further: Guards to measure beside `guard`; each one's name is appended to the `method`
+                of its rows.
+            drift: What the model's activations are compared with; None measures no drift.
         """
+        self._further = dict(further or {})
+        self._drift = drift
         self._base_model = base_model
         self._questions, self._passages = data.questions(split), data.passages(split)
         self._split = split
         sizes = {QUESTION_COLUMNS: len(self._questions), PASSAGE_COLUMNS: len(self._passages)}
         self._metrics = {
             (state, columns): PerSample(columns, expected)
-            for state in (("none",) if guard is None else ("off", "on"))
+            for state in (*(("none",) if guard is None else ("off", "on")), *self._further)
             for columns, expected in sizes.items()
         }
         if base_model is not None:
             self._metrics["base", QUESTION_COLUMNS] = PerSample(
                 QUESTION_COLUMNS, len(self._questions)
             )
+        if drift is not None:
+            self._metrics["drift", DRIFT_COLUMNS] = PerSample(DRIFT_COLUMNS, len(self._passages))
 
     def update(
         self, model: nn.Module, batch: ClozeBatch | PassageBatch | None, guard: AnyGuard | None
@@ -109,6 +125,11 @@ class Measurer:
         columns = columns_of(batch)
         if self._base_model is not None and isinstance(batch, ClozeBatch):
             self._metrics["base", columns].update(batch.ids, score(self._base_model, batch))
+        if self._drift is not None and isinstance(batch, PassageBatch):
+            moved = self._drift.values(model, batch)
+            self._metrics["drift", DRIFT_COLUMNS].update(batch.ids, moved)
+        for name, other in self._further.items():
+            self._metrics[name, columns].update(batch.ids, score(model, batch, other))
         if guard is None:
             self._metrics["none", columns].update(batch.ids, score(model, batch))
             return
@@ -140,7 +161,8 @@ class Measurer:
         if trainer.sanity_checking and self.rows:
             return
         values = {key: metric.by_id() for key, metric in self._metrics.items()}
-        states = [state for state in ("none", "off", "on") if (state, QUESTION_COLUMNS) in values]
+        known = ("none", "off", "on", *self._further)
+        states = [state for state in known if (state, QUESTION_COLUMNS) in values]
         if ("base", QUESTION_COLUMNS) in values:
             self.baseline = values["base", QUESTION_COLUMNS]
         elif self.baseline is None:
@@ -159,12 +181,17 @@ class Measurer:
                 baseline=self.baseline,
                 forget_domains=forget_domains,
             )
+            if state in ("none", "off") and self._drift is not None:
+                measurements += measure_drift(self._passages, values["drift", DRIFT_COLUMNS])
             logged |= {metric_key(found, stage, state): found.value for found in measurements}
+            columns = vars(labels)
+            if state in self._further:
+                columns = {**columns, "method": f"{labels.method}_{state}"}
             self.rows += [
                 row(
-                    **vars(labels),
+                    **columns,
                     **vars(measurement),
-                    guard=state,
+                    guard="on" if state in self._further else state,
                     epoch=epoch,
                     request=request,
                     split=self._split,
@@ -189,14 +216,14 @@ class Measurer:
 def metric_key(measurement: Measurement, stage: str, guard: str) -> str:
     """The logged name, `<stage>/<domain>/guard_<on|off>/<metric>`.
 
-    A protocol other than `cloze` follows the metric, where the metric has several.
+    A further guard's name takes the place of `on`. A protocol other than `cloze` follows the metric, where the metric has several.
     """
     suffix = measurement.protocol.removeprefix("cloze").removeprefix("_")
-    if measurement.metric == "perplexity" or not suffix:
+    if measurement.metric in _ON_PASSAGES_ONLY or not suffix:
         name = measurement.metric
     else:
         name = f"{measurement.metric}_{suffix}"
-    state = "on" if guard == "on" else "off"
+    state = "off" if guard == "none" else guard
     return f"{stage}/{measurement.domain}/guard_{state}/{name}"
 
 

@@ -1,23 +1,27 @@
 """Relearning attack as a `fit` run: an attacker fine-tunes the model to get the knowledge back."""
 
-from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning
 import torch
 from jaxtyping import Float
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsg.attacks import LORA_TARGETS, prepare_attack
+from dsg.attackers import Attacker, Task
+from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
+from dsg.drift import Drift
 from dsg.errors import UserError
+from dsg.forward import guarded
 from dsg.guard import Guard
 from dsg.hooks import unwrap
 from dsg.recipes import GuardSettings
 from dsg.scoring import ClozeBatch, PassageBatch
 from dsg.tokens import TokenBatch
 from lightning_modules.distributed import exclude_frozen_from_ddp
-from lightning_modules.guards import make_guard
+from lightning_modules.guards import make_guard, remaking_settings
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import (
     Labels,
@@ -26,6 +30,7 @@ from lightning_modules.measuring import (
     require_full_sanity_check,
 )
 from lightning_modules.protocols import EVALUATION_DATA, data_of
+from lightning_modules.resuming import check_same_run, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable
 
 
@@ -34,28 +39,39 @@ class RelearningModule(lightning.LightningModule):
 
     The data module's `train_dataloader` yields `TokenBatch`es. The guard, if any, is made from the
     raw model before the attack and is then fixed. Every evaluation scores the model with the guard
-    off (whoever holds the weights can remove it) and on (the model is served behind an interface).
+    off (whoever holds the weights can remove it) and on (the model is served behind an interface),
+    and how far the activations at the hook point have drifted.
+
+    A checkpoint holds what the attack changed; `validate` with one evaluates the attacked model, an
+    adapter unmerged.
 
     Args:
         model_name: Hugging Face folder or hub name of the model to attack.
         guard: How to make the guard; None only with mode `none`.
         mode: `test_time`: the attacker trains the raw model. `train_time`: the guard is in the
             forward pass during training too. `none`: there is no guard.
+        attacker: What the attacker minimises; None is next-token cross-entropy.
+        maintenance: After every epoch also select features and calibrate anew on the attacked
+            model, with the guard's settings, and report that guard beside the fixed one, as method
+            `<method>_maintained`.
         adapter: `full` trains every weight, `lora` a new adapter.
-        lr: Learning rate of AdamW, constant.
+        lr: Learning rate of AdamW, constant, above 0.
         weight_decay: Decoupled weight decay.
         lora_rank: Rank of the adapter.
         lora_alpha: Scale of the adapter (`lora_alpha / lora_rank` times its output).
         lora_targets: Names of the linear layers that get an adapter.
         base_model_name: The model against which the alignment score is computed; needed if the
             attacked model's weights were changed to forget, None for the attacked model itself.
+        hook_point: Where drift is measured; None takes the guard's. Without a guard either nothing
+            is measured.
         method: The `method` column; None takes the guard's, or `base`.
         experiment: The `experiment` column.
         seed: The `seed` column.
         model_label: The `model` column; None takes the model's name.
 
     Raises:
-        UserError: `mode` and `guard` contradict each other.
+        UserError: `mode` and `guard` contradict each other, what needs a guard has none, or `lr` is
+            not above 0.
     """
 
     def __init__(
@@ -63,6 +79,8 @@ class RelearningModule(lightning.LightningModule):
         model_name: str,
         guard: GuardSettings | None = None,
         mode: Literal["none", "test_time", "train_time"] = "none",
+        attacker: Attacker | None = None,
+        maintenance: bool = False,
         adapter: Literal["full", "lora"] = "full",
         lr: float = 2e-4,
         weight_decay: float = 0.0,
@@ -70,6 +88,7 @@ class RelearningModule(lightning.LightningModule):
         lora_alpha: float = 16.0,
         lora_targets: list[str] | None = None,
         base_model_name: str | None = None,
+        hook_point: str | None = None,
         method: str | None = None,
         experiment: str = "relearning",
         seed: int | None = None,
@@ -81,6 +100,18 @@ class RelearningModule(lightning.LightningModule):
                 f"`mode` must be 'none' exactly if `guard` is missing, got mode {mode!r} "
                 f"{'without' if guard is None else 'with'} a guard; change one of them."
             )
+        self.attacker = attacker or Task()
+        for option, needs_guard in (
+            ("attacker", self.attacker.needs_guard),
+            ("maintenance", maintenance),
+        ):
+            if needs_guard and guard is None:
+                raise UserError(
+                    f"`guard` must be given for this `{option}`, got None; add one, or leave "
+                    f"`{option}` out."
+                )
+        if not 0.0 < lr < float("inf"):
+            raise UserError(f"`lr` must be finite and above 0, got {lr}; try 2e-4.")
         self.model_name = model_name
         self.guard_settings = guard
         self.mode = mode
@@ -91,6 +122,8 @@ class RelearningModule(lightning.LightningModule):
         self.lora_alpha = lora_alpha
         self.lora_targets = list(lora_targets or LORA_TARGETS)
         self.base_model_name = base_model_name
+        self.maintenance = maintenance
+        self.hook_point = hook_point or (guard.hook_point if guard else None)
         self.method = method or (guard.method if guard else "base")
         self.experiment = experiment
         self.seed = seed
@@ -101,6 +134,9 @@ class RelearningModule(lightning.LightningModule):
         self.model: torch.nn.Module | None = None
         self.base_model: PreTrainedModel | None = None
         self.guard: Guard | None = None
+        self.drift: Drift | None = None
+        self._remaking: GuardSettings | None = None
+        self._checkpoint_epoch: float | None = None
 
     def configure_model(self) -> None:
         """Load the model, make the guard from it, and only then prepare the attack; once."""
@@ -111,32 +147,39 @@ class RelearningModule(lightning.LightningModule):
             self.base_model = load_model(self.base_model_name)
         if self.guard_settings is not None:
             self.guard = make_guard(self.guard_settings, model, self.trainer)
+            if self.maintenance:
+                self._remaking = remaking_settings(self.guard_settings, self.guard)
+        if self.hook_point is not None:
+            self.drift = self._remember(model, self.hook_point)
         self.model = prepare_attack(
             model, self.adapter, self.lora_rank, self.lora_alpha, self.lora_targets
         )
         exclude_frozen_from_ddp(self)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Float[Tensor, ""]:
-        """Mean next-token cross-entropy over the real tokens of the batch, in nats."""
+        """The attacker's loss."""
         del batch_idx
         assert self.model is not None
-        inputs: dict[str, Any] = {**batch.model_inputs(), "use_cache": False}
-        inputs["labels"] = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-        guarded = self.guard is not None and self.mode == "train_time"
-        if guarded:
-            inputs["token_mask"] = batch.token_mask
-        model = unwrap(self.model)
-        attached = self.guard.attached(model) if self.guard and guarded else nullcontext()
-        with attached:
-            loss = model(**inputs).loss
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids))
-        return loss
+        in_loop = self.guard if self.mode == "train_time" else None
+        with guarded(unwrap(self.model), in_loop) as forward:
+            loss = self.attacker(forward, batch, self.guard)
+        size = len(batch.input_ids)
+        self.log("train/loss", loss.total, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": part for name, part in loss.parts.items()}, batch_size=size)
+        return loss.total
 
     def on_validation_start(self) -> None:
         """Begin an evaluation."""
         data = data_of(self.trainer, *EVALUATION_DATA)
-        base_model = self.base_model if self.trainer.sanity_checking else None
-        self.measurer.start(data, data.val_split, self.guard, base_model)
+        base_model = self.base_model if self.measurer.baseline is None else None
+        self.measurer.start(
+            data,
+            data.val_split,
+            self.guard,
+            base_model,
+            further=self._maintained(),
+            drift=self.drift,
+        )
 
     def validation_step(
         self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
@@ -154,10 +197,12 @@ class RelearningModule(lightning.LightningModule):
             model=self.model_label,
             dataset=data_of(self.trainer, "name").name,
             mode=None if self.mode == "none" else self.mode,
-            attack=f"relearn_{self.adapter}",
+            attack=self._attack_name(),
             seed=self.seed,
         )
-        self.measurer.finish(self.trainer, labels, stage="val", epoch=epochs_done(self.trainer))
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        epoch = epochs_done(self.trainer) if fits else self._checkpoint_epoch
+        self.measurer.finish(self.trainer, labels, stage="val", epoch=epoch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what the attacker may change."""
@@ -171,8 +216,71 @@ class RelearningModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the attack changed and what was measured."""
         keep_trainable(self, checkpoint)
+        trainer = self.trainer
+        in_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         checkpoint["measurer"] = self.measurer.state()
+        checkpoint["settings"] = self._settings()
+        checkpoint["attack_epoch"] = trainer.current_epoch + in_epoch / trainer.num_training_batches
+        checkpoint["rng"] = rng_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the measurements of the interrupted run."""
-        self.measurer.load_state(checkpoint["measurer"])
+        """Take up the interrupted run, or evaluate the model that a checkpoint holds.
+
+        Raises:
+            UserError: The checkpoint is of another run.
+        """
+        check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.measurer.load_state(checkpoint["measurer"])
+            restore_rng(checkpoint["rng"])
+        else:
+            self.measurer.baseline = checkpoint["measurer"]["baseline"]
+            self._checkpoint_epoch = checkpoint["attack_epoch"]
+
+    def _remember(self, model: PreTrainedModel, hook_point: str) -> Drift:
+        """The activations before the attack; now, because a checkpoint is loaded hereafter."""
+        drift = Drift(hook_point)
+        data = data_of(self.trainer, *EVALUATION_DATA)
+        for loader in data.val_dataloader():
+            for batch in loader:
+                if not isinstance(batch, PassageBatch):
+                    break
+                drift.remember(model, batch)
+        return drift
+
+    def _maintained(self) -> dict[str, Guard]:
+        """The guard made anew from the attacked model; before the attack it is the fixed one."""
+        if self._remaking is None or self.guard is None:
+            return {}
+        if self.trainer.sanity_checking:
+            return {"maintained": self.guard}
+        assert self.model is not None
+        guard = make_guard(self._remaking, unwrap(self.model), self.trainer)
+        return {"maintained": guard.to(self.device)}
+
+    def _attack_name(self) -> str:
+        """The `attack` column: the ordinary attack's text and objective go without saying."""
+        text = getattr(self.trainer.datamodule, "attack_text", "forget")
+        parts = ("relearn", self.adapter, "" if text == "forget" else text, self.attacker.name)
+        return "_".join(part for part in parts if part)
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the outcome of this run, in plain values."""
+        attacker = type(self.attacker)
+        return {
+            "model_name": self.model_name,
+            "guard": asdict(self.guard_settings) if self.guard_settings else None,
+            "mode": self.mode,
+            "attacker": [f"{attacker.__module__}.{attacker.__qualname__}", vars(self.attacker)],
+            "maintenance": self.maintenance,
+            "adapter": self.adapter,
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "lora": [self.lora_rank, self.lora_alpha, *self.lora_targets],
+            "base_model_name": self.base_model_name,
+            "hook_point": self.hook_point,
+            "method": self.method,
+            "experiment": self.experiment,
+            "seed": self.seed,
+            "model_label": self.model_label,
+        }

@@ -9,6 +9,9 @@ from lightning_modules import RelearningModule
 from tests.helpers import tiny_model
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer
 
+# Too small to change a float32 weight.
+NO_LR = 1e-30
+
 
 def attack(toy, run_dir, mode="test_time", data=None, **changes):
     trainer_changes = changes.pop("trainer", {})
@@ -40,10 +43,10 @@ def test_every_epoch_is_measured_with_the_guard_off_and_on(toy, tmp_path):
 
 def test_epoch_zero_is_the_model_before_the_attack(toy, tmp_path):
     values = {}
-    for lr in (0.0, 1e-2):
+    for lr in (NO_LR, 1e-2):
         _, rows = attack(toy, tmp_path / str(lr), lr=lr)
         values[lr] = accuracies(rows)
-    untouched, attacked = values[0.0], values[1e-2]
+    untouched, attacked = values[NO_LR], values[1e-2]
     for (epoch, domain, guard), value in attacked.items():
         same = value == untouched[epoch, domain, guard]
         assert same == (epoch == 0), (epoch, domain, guard)
@@ -51,7 +54,7 @@ def test_epoch_zero_is_the_model_before_the_attack(toy, tmp_path):
 
 
 def test_the_guard_is_made_from_the_raw_model_and_stays(toy, tmp_path):
-    before, _ = attack(toy, tmp_path / "before", lr=0.0)
+    before, _ = attack(toy, tmp_path / "before", lr=NO_LR)
     after, _ = attack(toy, tmp_path / "after")
     assert before.guard.threshold == after.guard.threshold
     for name, buffer in before.guard.named_buffers():
@@ -88,7 +91,7 @@ def test_lora_leaves_the_model_and_the_guard_alone(toy, tmp_path, mode):
 
 
 def test_training_loss_is_the_cross_entropy_of_real_tokens(toy, tmp_path):
-    module, _ = attack(toy, tmp_path, "none", lr=0.0)
+    module, _ = attack(toy, tmp_path, "none", lr=NO_LR)
     data = ToyData()
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
