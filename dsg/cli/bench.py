@@ -218,7 +218,7 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
         highlight=False,
     )
     console.print(
-        f"torch {machine['torch']}, {machine['threads']} threads on {machine['cores']} cores, load "
+        f"torch {machine['torch']}, {machine['threads']} of {machine['cores']} cores, load "
         f"before the run {machine['load']}; medians of {options['repeats']} interleaved repeats.",
         highlight=False,
     )

@@ -12,6 +12,8 @@ from dsg.bench.layer import measure_layer, random_model
 from dsg.bench.selection import measure_early_stop, measure_memory_here, random_batches
 from dsg.dense import dense_clamp
 from dsg.features import Features
+from dsg.guard import Guard
+from dsg.hooks import hidden_states, resolve_hook_point
 from dsg.sae import slice_features
 from tests import helpers
 
@@ -70,6 +72,33 @@ def test_both_edits_write_only_triggered_sequences(case):
     torch.testing.assert_close(dense.double(), wanted, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-3)
     assert torch.equal(ours[1], h[1])
+
+
+def test_what_is_timed_is_what_an_attached_guard_does():
+    model = helpers.tiny_model()
+    input_ids = helpers.random_ids(1, 12)
+    outputs = []
+    features = slice_features(helpers.standard_sae(), IDS)
+    guard = Guard(
+        features,
+        hook_point=helpers.HOOK_POINT,
+        uncounted_ids=[],
+        pad_id=None,
+        threshold=THRESHOLD,
+        clamp_value=CLAMP_VALUE,
+    )
+    handle = resolve_hook_point(model, helpers.HOOK_POINT).register_forward_hook(
+        lambda *call: outputs.append(hidden_states(call[2]))
+    )
+    with torch.no_grad():
+        model(input_ids)
+        with guard.attached(model) as attachment:
+            model(input_ids)
+    handle.remove()
+    assert attachment.triggered.all()
+    plain, guarded = outputs
+    assert not torch.equal(plain, guarded)
+    assert torch.equal(sliced(features, plain, torch.ones_like(input_ids).bool()), guarded)
 
 
 def test_the_random_sae_is_as_sparse_as_gemma_scope():
