@@ -5,12 +5,11 @@ from lightning_modules.pretraining import PretrainingModule
 from lightning_modules.relearning import RelearningModule
 from lightning_modules.selection import SelectionModule
 from lightning_modules.sequential import SequentialModule
-from lightning_modules.unlearning import RMUSettings, UnlearningModule
+from lightning_modules.unlearning import UnlearningModule
 
 __all__ = [
     "EvaluationModule",
     "PretrainingModule",
-    "RMUSettings",
     "RelearningModule",
     "SelectionModule",
     "SequentialModule",

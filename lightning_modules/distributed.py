@@ -1,5 +1,7 @@
 """Makes frozen weights, uneven batches and sums work under DistributedDataParallel."""
 
+from collections.abc import Sequence
+
 import lightning
 import torch
 from jaxtyping import Shaped
@@ -61,6 +63,24 @@ def add_over_ranks(
     mine = (part or FeatureStatistics(total.d_sae)).to_vector()
     for vector in gather_rows(mine, device):
         total.add(FeatureStatistics.from_vector(vector))
+
+
+def add_tensors_over_ranks(
+    totals: Sequence[Tensor], parts: Sequence[Tensor], device: torch.device
+) -> None:
+    """Add what all ranks computed in this step to running totals, in the order of the ranks.
+
+    As `add_over_ranks`, but one tensor after the other: they may be as large as a model.
+
+    Args:
+        totals: Of all steps before, changed in place.
+        parts: This rank's, of the same shapes and types; zeros where it was dealt no batch.
+        device: Where the backend can send from.
+    """
+    for total, part in zip(totals, parts, strict=True):
+        gathered = gather_rows(part[None], device) if _several_ranks() else [part[None]]
+        for row in gathered:
+            total.add_(row[0].to(total.device))
 
 
 def gather_firing_ranks(mine: FiringRanks, device: torch.device) -> FiringRanks:

@@ -1,9 +1,10 @@
 """What a run leaves behind: a small checkpoint, guards, and a changed model."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
+from torch import nn
 from transformers import PreTrainedModel
 
 from dsg.guard import Guard
@@ -13,8 +14,10 @@ MODEL_FOLDER = "model"
 GUARDS_FOLDER = "guards"
 
 
-def save_model_folder(trainer: lightning.Trainer, model: PreTrainedModel) -> Path | None:
+def save_model_folder(trainer: lightning.Trainer, model: nn.Module) -> Path | None:
     """Write `model`, and the data module's tokenizer if it has one, on rank zero.
+
+    Of a PEFT model the adapter is written, unmerged, with the name of its base model.
 
     Args:
         trainer: The running trainer; its `default_root_dir` is the run directory.
@@ -26,7 +29,9 @@ def save_model_folder(trainer: lightning.Trainer, model: PreTrainedModel) -> Pat
     if not trainer.is_global_zero:
         return None
     folder = Path(trainer.default_root_dir) / MODEL_FOLDER
-    model.save_pretrained(folder)
+    # By default PEFT asks the hub whether the base model's vocabulary has grown.
+    options = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}
+    cast(Any, model).save_pretrained(folder, **options)
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

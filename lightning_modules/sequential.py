@@ -1,7 +1,7 @@
 """Sequential forget requests as a `fit` run: one epoch is one request."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.making import GuardMaker
-from dsg.objectives.rmu import RMU
+from dsg.objectives.objective import Objective
+from dsg.objectives.terms import check_positive
 from dsg.recipes import GuardSettings
+from dsg.reference import Reference
 from dsg.scoring import ClozeBatch, PassageBatch
 from dsg.stack import GuardStack
 from dsg.statistics import FeatureStatistics, batch_statistics
@@ -23,7 +25,7 @@ from lightning_modules.distributed import (
     leave_unwrapped,
 )
 from lightning_modules.guards import guard_maker
-from lightning_modules.loading import load_model, short_name
+from lightning_modules.loading import load_plain_model, short_name
 from lightning_modules.measuring import (
     Labels,
     Measurer,
@@ -31,8 +33,8 @@ from lightning_modules.measuring import (
     require_full_sanity_check,
 )
 from lightning_modules.protocols import REQUEST_DATA, UnlearningBatch, data_of
+from lightning_modules.references import check_reference, make_reference
 from lightning_modules.saving import keep_trainable, load_guards, save_youngest
-from lightning_modules.unlearning import RMUSettings
 
 
 class SequentialModule(lightning.LightningModule):
@@ -40,38 +42,55 @@ class SequentialModule(lightning.LightningModule):
 
     With `guard`, an epoch sums up feature statistics of the request's forget text, read from the
     plain model with every guard detached, and appends a guard to the stack; no weight changes. With
-    `rmu`, an epoch trains on the request's batches; the reference stays the original model.
+    `objective`, an epoch trains on the request's batches; the reference stays the original model.
 
     Args:
         model_name: Hugging Face folder or hub name of the model.
-        guard: How to make the guard of each request; excludes `rmu`.
-        rmu: How to change the weights; excludes `guard`.
+        guard: How to make the guard of each request; excludes `objective`.
+        objective: The method that changes the weights; excludes `guard`.
+        reference: `frozen_copy` for a method that compares with the original model.
+        lr: Learning rate of AdamW, constant, > 0; guards read none.
         experiment: The `experiment` column.
         seed: The `seed` column.
         model_label: The `model` column; None takes the model's name.
 
     Raises:
-        UserError: Not exactly one of `guard` and `rmu` is given.
+        UserError: Not exactly one of `guard` and `objective` is given, the objective is no loss
+            that requests can descend on one after the other, it lacks its reference, or `lr` is not
+            positive.
     """
 
     def __init__(
         self,
         model_name: str,
         guard: GuardSettings | None = None,
-        rmu: RMUSettings | None = None,
+        objective: Objective | None = None,
+        reference: Literal["none", "frozen_copy"] = "none",
+        lr: float = 1e-5,
         experiment: str = "sequential",
         seed: int | None = None,
         model_label: str | None = None,
     ) -> None:
         super().__init__()
-        if (guard is None) == (rmu is None):
+        if (guard is None) == (objective is None):
             raise UserError(
-                "exactly one of `guard` and `rmu` must be given, got "
+                "exactly one of `guard` and `objective` must be given, got "
                 f"{'neither' if guard is None else 'both'}; choose how requests are fulfilled."
             )
+        check_positive(lr=lr)
+        if objective is not None:
+            check_reference(reference, objective, "full")
+            if objective.changes_at_end:
+                raise UserError(
+                    "`objective` must be a loss to descend on request after request, got "
+                    f"{type(objective).__name__}, which changes the weights at the end; choose "
+                    "another."
+                )
         self.model_name = model_name
         self.guard_settings = guard
-        self.rmu_settings = rmu
+        self.objective = objective
+        self.reference_kind: Literal["none", "frozen_copy"] = reference
+        self.lr = lr
         self.experiment = experiment
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
@@ -80,7 +99,7 @@ class SequentialModule(lightning.LightningModule):
         self.strict_loading = False
         self.measurer = Measurer()
         self.model: PreTrainedModel | None = None
-        self.objective: RMU | None = None
+        self.reference: Reference | None = None
         self.maker: GuardMaker | None = None
         self.guards = GuardStack()
         self._forget: FeatureStatistics | None = None
@@ -96,17 +115,25 @@ class SequentialModule(lightning.LightningModule):
         """Load the model and what changes or guards it, once."""
         if self.model is not None:
             return
-        self.model = load_model(self.model_name)
+        self.model = load_plain_model(self.model_name)
         if self.guard_settings is not None:
             self.maker = guard_maker(self.guard_settings, self.model, self.trainer)
-        if self.rmu_settings is not None:
-            self.objective = self.rmu_settings.objective(self.model)
+        if self.objective is not None:
+            self.objective.prepare(self.model.requires_grad_(True))
+            self.reference = make_reference(self.reference_kind, self.objective, self.model)
             exclude_frozen_from_ddp(self)
 
     def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""] | None:
-        """Sum up the statistics of a forget batch, or take the RMU loss."""
+        """Sum up the statistics of a forget batch, or take the objective's loss."""
         if self.objective is not None:
-            loss = self.objective(self.model, batch["forget"], batch["retain"]).total
+            assert self.model is not None
+            loss = self.objective(
+                self.model,
+                batch["forget"],
+                batch["retain"],
+                reference=self.reference,
+                step=self.trainer.global_step,
+            ).total
             self.log("train/total_loss", loss, batch_size=len(batch["forget"].input_ids))
             return loss
         assert self.maker is not None
@@ -158,10 +185,9 @@ class SequentialModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log and write the results; request 0 is the state before the first one."""
         data = data_of(self.trainer, *REQUEST_DATA)
-        settings = self.guard_settings
         labels = Labels(
             experiment=self.experiment,
-            method=settings.method if settings else "rmu",
+            method=self._method(),
             model=self.model_label,
             dataset=data.name,
             seed=self.seed,
@@ -177,11 +203,11 @@ class SequentialModule(lightning.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """AdamW over the weights that RMU may change; nothing for guards."""
-        if self.rmu_settings is None:
+        """AdamW over the weights that the objective may change; nothing for guards."""
+        if self.objective is None:
             return None
         weights = [weight for weight in self.parameters() if weight.requires_grad]
-        return torch.optim.AdamW(weights, lr=self.rmu_settings.lr, weight_decay=0.0)
+        return torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
 
     def on_fit_start(self) -> None:
         """Check that every epoch sees its own request and that all states are measured.
@@ -225,6 +251,12 @@ class SequentialModule(lightning.LightningModule):
         self.measurer.load_state(checkpoint["measurer"])
         for guard in load_guards(self.trainer, checkpoint["num_guards"]):
             self.guards.append(guard)
+
+    def _method(self) -> str:
+        if self.guard_settings is not None:
+            return self.guard_settings.method
+        assert self.objective is not None
+        return self.objective.name
 
     def _stack(self) -> GuardStack | None:
         return self.guards if len(self.guards) else None

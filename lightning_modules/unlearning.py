@@ -1,18 +1,27 @@
-"""Unlearning by changing weights (RMU) as a `fit` run."""
+"""Unlearning by changing weights as a `fit` run, whatever the method."""
 
-from dataclasses import dataclass
-from typing import Any
+import time
+from typing import Any, Literal
 
 import lightning
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from dsg.objectives.rmu import RMU
+from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
+from dsg.errors import UserError
+from dsg.objectives.objective import Objective
+from dsg.objectives.ssd import SSD, Importances
+from dsg.objectives.terms import check_positive
+from dsg.reference import Reference
+from dsg.results import read_run_facts, write_run_facts
 from dsg.scoring import ClozeBatch, PassageBatch
-from lightning_modules.distributed import exclude_frozen_from_ddp
-from lightning_modules.loading import load_model, short_name
+from lightning_modules.distributed import (
+    add_tensors_over_ranks,
+    exclude_frozen_from_ddp,
+    leave_unwrapped,
+)
+from lightning_modules.loading import load_plain_model, short_name
 from lightning_modules.measuring import (
     Labels,
     Measurer,
@@ -20,96 +29,146 @@ from lightning_modules.measuring import (
     require_full_sanity_check,
 )
 from lightning_modules.protocols import EVALUATION_DATA, UnlearningBatch, data_of
+from lightning_modules.references import ReferenceKind, check_reference, make_reference
 from lightning_modules.saving import keep_trainable, save_model_folder
 
 
-@dataclass(frozen=True)
-class RMUSettings:
-    """How RMU changes a model."""
-
-    hook_point: str
-    """Layer whose output is steered, such as `blocks.2.hook_resid_post`."""
-    steering: float = 2.0
-    """Norm of the control vector, in activation units."""
-    alpha: float = 20.0
-    """Weight of the retain term."""
-    num_layers: int = 3
-    """Layers that may change: the hook point's and the ones before it."""
-    target: str = "mlp.down_proj"
-    """Part of the names of the weights that may change."""
-    lr: float = 1e-3
-    """Learning rate of AdamW, constant."""
-    control_seed: int = 0
-    """Seed of the control vector."""
-
-    def objective(self, model: PreTrainedModel) -> RMU:
-        """Freeze a model but for these weights and take it as the reference."""
-        return RMU(
-            model,
-            self.hook_point,
-            steering=self.steering,
-            alpha=self.alpha,
-            seed=self.control_seed,
-            num_layers=self.num_layers,
-            target=self.target,
-        )
-
-
 class UnlearningModule(lightning.LightningModule):
-    """Changes a model with RMU; measures before it and after every epoch.
+    """Makes a model forget; measures before it and after every epoch.
 
     The data module's `train_dataloader` yields `UnlearningBatch`es. At the end of `fit` the changed
-    model lies in `<run directory>/model`.
+    model, or the adapter, lies in `<run directory>/model`, and `run.json` tells how long training
+    took without the evaluations (`unlearn_seconds`).
 
     Args:
-        model_name: Hugging Face folder or hub name of the model.
-        rmu: How to change the weights.
+        model_name: Hugging Face folder or hub name of the model; an adapter is merged first.
+        objective: The method.
+        reference: What the method compares with, if it needs it: `frozen_copy` of the model, or
+            `adapter_off`, a second forward pass through the model under the adapter.
+        adapter: `full` trains every weight that the method lets it, `lora` a new adapter.
+        lr: Learning rate of AdamW, constant, > 0; SSD does not descend and reads none.
+        lora_rank: Rank of the adapter.
+        lora_alpha: Scale of the adapter (`lora_alpha / lora_rank` times its output).
+        lora_targets: Names of the linear layers that get an adapter.
         experiment: The `experiment` column.
         seed: The `seed` column.
         model_label: The `model` column; None takes the model's name.
+
+    Raises:
+        UserError: `lr` is not positive, or `reference` does not suit the objective or the adapter.
     """
 
     def __init__(
         self,
         model_name: str,
-        rmu: RMUSettings,
+        objective: Objective,
+        reference: ReferenceKind = "none",
+        adapter: Literal["full", "lora"] = "full",
+        lr: float = 1e-5,
+        lora_rank: int = 8,
+        lora_alpha: float = 16.0,
+        lora_targets: list[str] | None = None,
         experiment: str = "unlearning",
         seed: int | None = None,
         model_label: str | None = None,
     ) -> None:
         super().__init__()
+        check_positive(lr=lr)
+        check_reference(reference, objective, adapter)
         self.model_name = model_name
-        self.rmu_settings = rmu
+        self.objective = objective
+        self.reference_kind: ReferenceKind = reference
+        self.adapter: Literal["full", "lora"] = adapter
+        self.lr = lr
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_targets = list(lora_targets or LORA_TARGETS)
         self.experiment = experiment
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
+        # SSD sums up and then changes the weights once.
+        self.automatic_optimization = not isinstance(objective, SSD)
+        # A checkpoint holds only what training changed.
         self.strict_loading = False
         self.measurer = Measurer()
-        self.model: PreTrainedModel | None = None
-        self.objective: RMU | None = None
+        self.stopwatch = Stopwatch()
+        self.model: nn.Module | None = None
+        self.reference: Reference | None = None
+        self._part: Importances | None = None
+        self._unfinished: dict[str, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Let SSD run under DDP, which has no gradient to exchange."""
+        del stage
+        if not self.automatic_optimization:
+            leave_unwrapped(self.trainer.strategy)
 
     def configure_model(self) -> None:
-        """Load the model and fix the reference, once."""
+        """Load the model, choose the weights that train and fix the reference; once."""
         if self.model is not None:
             return
-        self.model = load_model(self.model_name)
-        self.objective = self.rmu_settings.objective(self.model)
+        self.model = prepare_attack(
+            load_plain_model(self.model_name),
+            self.adapter,
+            self.lora_rank,
+            self.lora_alpha,
+            self.lora_targets,
+        )
+        self.objective.prepare(self.model)
+        self.reference = make_reference(self.reference_kind, self.objective, self.model)
         exclude_frozen_from_ddp(self)
 
-    def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""]:
-        """The RMU loss of a forget and a retain batch."""
+    def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""] | None:
+        """The loss of a forget and a retain batch; None for SSD, which only sums up."""
         del batch_idx
-        assert self.objective is not None
-        loss = self.objective(self.model, batch["forget"], batch["retain"])
-        size = len(batch["forget"].input_ids)
+        assert self.model is not None
+        forget, retain = batch["forget"], batch["retain"]
+        if isinstance(self.objective, SSD):
+            self._part, loss = self.objective.measure(self.model, forget, retain)
+        else:
+            loss = self.objective(
+                self.model, forget, retain, reference=self.reference, step=self.trainer.global_step
+            )
         parts = {f"train/{name}_loss": value for name, value in loss._asdict().items()}
-        self.log_dict(parts, batch_size=size)
-        return loss.total
+        self.log_dict(parts, batch_size=len(forget.input_ids))
+        return loss.total if self.automatic_optimization else None
+
+    def on_train_batch_end(
+        self, outputs: Any, batch: UnlearningBatch | None, batch_idx: int
+    ) -> None:
+        """Add up what SSD measured on all ranks.
+
+        Not in `training_step`, which Lightning skips on a rank without a batch.
+        """
+        del outputs, batch, batch_idx
+        if not isinstance(self.objective, SSD):
+            return
+        assert self.model is not None
+        part = self._part or self.objective.empty(self.model)
+        for total, added in zip(self.objective.importances, part, strict=True):
+            add_tensors_over_ranks(
+                total.tensors(), added.tensors(), self.trainer.strategy.root_device
+            )
+        self._part = None
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self.stopwatch.start()
+
+    def on_train_end(self) -> None:
+        """Stop the clock."""
+        self.stopwatch.stop()
 
     def on_validation_start(self) -> None:
-        """Begin an evaluation."""
+        """Begin an evaluation of what a training that ends here would leave."""
+        self.stopwatch.stop()
         data = data_of(self.trainer, *EVALUATION_DATA)
         self.measurer.start(data, data.val_split, None)
+        if self.objective.changes_at_end and not self.trainer.sanity_checking:
+            assert self.model is not None
+            weights = trainable_weights(self.model)
+            self._unfinished = {name: weight.clone() for name, weight in weights.items()}
+            self.objective.finish(self.model)
 
     def validation_step(
         self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
@@ -123,32 +182,86 @@ class UnlearningModule(lightning.LightningModule):
         """Log and write the results; epoch 0 is the state before unlearning."""
         labels = Labels(
             experiment=self.experiment,
-            method="rmu",
+            method=self.objective.name,
             model=self.model_label,
             dataset=data_of(self.trainer, "name").name,
             seed=self.seed,
         )
         self.measurer.finish(self.trainer, labels, stage="val", epoch=epochs_done(self.trainer))
+        # Before any checkpoint is written: training goes on from where it was.
+        with torch.no_grad():
+            for name, weight in self._unfinished.items():
+                assert self.model is not None
+                self.model.get_parameter(name).copy_(weight)
+        self._unfinished = {}
+        if not self.trainer.sanity_checking:
+            self.stopwatch.start()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the weights that RMU may change."""
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """AdamW over the weights that may change; nothing for SSD."""
+        if not self.automatic_optimization:
+            return None
         weights = [weight for weight in self.parameters() if weight.requires_grad]
-        return torch.optim.AdamW(weights, lr=self.rmu_settings.lr, weight_decay=0.0)
+        return torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
 
     def on_fit_start(self) -> None:
-        """Check that the state before unlearning will be measured."""
+        """Check that the state before unlearning will be measured, and that SSD reads texts once.
+
+        Raises:
+            UserError: The trainer's settings do not fit.
+        """
         require_full_sanity_check(self.trainer)
+        if not self.automatic_optimization and self.trainer.max_epochs != 1:
+            raise UserError(
+                "`max_epochs` must be 1 for SSD, which reads all texts once, got "
+                f"{self.trainer.max_epochs}; set trainer.max_epochs: 1."
+            )
 
     def on_fit_end(self) -> None:
-        """Save the changed model."""
+        """Finish and save the changed model."""
         assert self.model is not None
+        self.stopwatch.start()
+        self.objective.finish(self.model)
+        self.stopwatch.stop()
         save_model_folder(self.trainer, self.model)
+        if self.trainer.is_global_zero:
+            run_dir = self.trainer.default_root_dir
+            facts = {"unlearn_seconds": round(self.stopwatch.seconds, 2)}
+            write_run_facts(run_dir, {**read_run_facts(run_dir), **facts})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what unlearning changed and what was measured."""
         keep_trainable(self, checkpoint)
         checkpoint["measurer"] = self.measurer.state()
+        checkpoint["unlearn_seconds"] = self.stopwatch.seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the measurements of the interrupted run."""
         self.measurer.load_state(checkpoint["measurer"])
+        self.stopwatch = Stopwatch(checkpoint["unlearn_seconds"])
+
+
+class Stopwatch:
+    """Seconds of wall time while it ran.
+
+    Args:
+        seconds: What it shows at first.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What it shows now."""
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._seconds + running
+
+    def start(self) -> None:
+        """Go on."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Pause; once stopped, this does nothing."""
+        self._seconds, self._started = self.seconds, None

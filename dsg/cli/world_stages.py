@@ -27,6 +27,7 @@ from dsg.cli.tuning import (
     combinations,
 )
 from dsg.guard import Guard
+from dsg.objectives import RMU
 from dsg.recipes import GuardSettings
 from dsg.report.features import describe_features
 from dsg.results import read_results
@@ -35,7 +36,6 @@ from dsg.selection import Selection
 from lightning_modules import (
     EvaluationModule,
     RelearningModule,
-    RMUSettings,
     SequentialModule,
     UnlearningModule,
 )
@@ -228,11 +228,11 @@ def sequence(context: Context, method: str, settings: dict[str, Any], folder: Pa
     cell = context.cell
     passes = settings.get("epochs", 1)
     guard = replace(cell.guard, **settings) if method == "dsg" else None
-    rmu = _rmu_settings(settings) if method == "rmu" else None
+    changes = {"objective": _rmu(settings), "lr": settings["lr"]} if method == "rmu" else {}
     module = SequentialModule(
         cell.model,
         guard=guard,
-        rmu=rmu,
+        **changes,
         experiment="demo",
         seed=cell.seed,
         model_label="tiny_world",
@@ -256,7 +256,8 @@ def _unlearn(
     cell = context.cell
     module = UnlearningModule(
         cell.model,
-        _rmu_settings(settings),
+        _rmu(settings),
+        lr=settings["lr"],
         experiment="demo",
         seed=cell.seed,
         model_label="tiny_world",
@@ -267,10 +268,8 @@ def _unlearn(
     trainer.fit(module, datamodule=data)
 
 
-def _rmu_settings(settings: dict[str, Any]) -> RMUSettings:
-    return RMUSettings(
-        HOOK_POINT, steering=settings["steering"], lr=settings["lr"], target=RMU_TARGET
-    )
+def _rmu(settings: dict[str, Any]) -> RMU:
+    return RMU(HOOK_POINT, steering=settings["steering"], target=RMU_TARGET)
 
 
 def _validation(rows: list[dict[str, Any]]) -> dict[str, float]:

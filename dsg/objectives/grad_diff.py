@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from dsg.objectives.likelihood import mean_nll, next_token_logits
+from dsg.objectives.objective import Objective
 from dsg.objectives.terms import (
     Loss,
     RetainTerm,
@@ -20,7 +21,7 @@ from dsg.reference import Reference
 from dsg.tokens import TokenBatch
 
 
-class GradDiff:
+class GradDiff(Objective):
     """gamma * -NLL(forget) + alpha * retain term, each per target of its batch.
 
     The defaults are those of the published GradDiff, and lie in the grid of the DSG paper's
@@ -31,13 +32,12 @@ class GradDiff:
         gamma: Weight of the forget term, >= 0; 0 is plain fine-tuning on retain text.
         retain: `nll` descends on retain text, `kl` holds its next-token distributions where the
             reference has them, `none` is gradient ascent times gamma.
-        reference: Needed for `kl`.
 
     Raises:
-        UserError: A weight is negative, `retain` is unknown, or `kl` has no reference.
+        UserError: A weight is negative, or `retain` is unknown.
     """
 
-    needs_reference: ClassVar[bool] = False
+    name: ClassVar[str] = "grad_diff"
 
     def __init__(
         self,
@@ -45,17 +45,25 @@ class GradDiff:
         alpha: float = 1.0,
         gamma: float = 1.0,
         retain: RetainTerm = "nll",
-        reference: Reference | None = None,
     ) -> None:
         check_not_negative(alpha=alpha, gamma=gamma)
-        check_retain(retain, reference, "GradDiff")
+        check_retain(retain)
         self.alpha = alpha
         self.gamma = gamma
         self.retain: RetainTerm = retain
-        self.reference = reference
+        self.needs_reference = retain == "kl"
 
-    def __call__(self, model: nn.Module, forget: TokenBatch, retain: TokenBatch) -> Loss:
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: TokenBatch,
+        retain: TokenBatch,
+        *,
+        reference: Reference | None = None,
+        step: int | None = None,
+    ) -> Loss:
         """The loss on a forget and a retain batch."""
+        del step
         forget_loss = -mean_nll(next_token_logits(model, forget), forget)
-        kept = retain_loss(self.retain, model, retain, self.reference)
+        kept = retain_loss(self.retain, model, retain, reference)
         return weighted(forget_loss, kept, self.gamma, self.alpha)

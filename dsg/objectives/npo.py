@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsg.objectives.likelihood import mean_over_sequences, next_token_logits, sequence_nll
+from dsg.objectives.objective import Objective
 from dsg.objectives.terms import (
     Loss,
     RetainTerm,
     check_not_negative,
     check_positive,
-    check_reference,
     check_retain,
+    required,
     retain_loss,
     weighted,
 )
@@ -24,7 +25,7 @@ from dsg.reference import Reference
 from dsg.tokens import TokenBatch
 
 
-class NPO:
+class NPO(Objective):
     """gamma * mean over sequences of -(2/beta) log sigmoid(-beta log(p / p_ref)) + alpha * retain.
 
     p is the probability of a whole sequence: its log is *summed* over the targets, so that a given
@@ -34,45 +35,49 @@ class NPO:
     The defaults are the method's own and lie in the grid of the DSG paper's Table 9.
 
     Args:
-        reference: The model before unlearning.
         beta: Inverse temperature, > 0.
         alpha: Weight of the retain term, >= 0.
         gamma: Weight of the forget term, >= 0.
         retain: `none`, `nll` or `kl`, see `retain_loss`.
 
     Raises:
-        UserError: `beta` is not positive, a weight is negative, `retain` is unknown, or there is no
-            reference.
+        UserError: `beta` is not positive, a weight is negative, or `retain` is unknown.
     """
 
-    needs_reference: ClassVar[bool] = True
+    name: ClassVar[str] = "npo"
+    needs_reference = True
 
     def __init__(
         self,
-        reference: Reference | None,
         *,
         beta: float = 0.1,
         alpha: float = 1.0,
         gamma: float = 1.0,
         retain: RetainTerm = "nll",
     ) -> None:
-        check_reference(reference, "NPO")
         check_positive(beta=beta)
         check_not_negative(alpha=alpha, gamma=gamma)
-        check_retain(retain, reference, "NPO")
-        assert reference is not None
-        self.reference = reference
+        check_retain(retain)
         self.beta = beta
         self.alpha = alpha
         self.gamma = gamma
         self.retain: RetainTerm = retain
 
-    def __call__(self, model: nn.Module, forget: TokenBatch, retain: TokenBatch) -> Loss:
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: TokenBatch,
+        retain: TokenBatch,
+        *,
+        reference: Reference | None = None,
+        step: int | None = None,
+    ) -> Loss:
         """The loss on a forget and a retain batch."""
-        reference = sequence_nll(self.reference.logits(forget), forget)
+        del step
+        original = sequence_nll(required(reference, "NPO").logits(forget), forget)
         current = sequence_nll(next_token_logits(model, forget), forget)
-        log_ratio = reference.sums - current.sums
+        log_ratio = original.sums - current.sums
         losses = -2 / self.beta * F.logsigmoid(-self.beta * log_ratio)
         forget_loss = mean_over_sequences(losses, current.num_targets)
-        kept = retain_loss(self.retain, model, retain, self.reference)
+        kept = retain_loss(self.retain, model, retain, reference)
         return weighted(forget_loss, kept, self.gamma, self.alpha)

@@ -4,7 +4,7 @@ On forget text the activations at a hook point are pulled to one fixed random di
 text they are held where the original model has them. Li et al., "The WMDP Benchmark", 2024.
 """
 
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,72 +12,98 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dsg.errors import UserError
-from dsg.hooks import decoder_of, hidden_states, resolve_hook_point
+from dsg.hooks import decoder_of, hidden_size, hidden_states, resolve_hook_point
+from dsg.objectives.objective import Objective
+from dsg.objectives.terms import Loss, check_not_negative, check_positive, weighted
+from dsg.reference import Reference
 from dsg.tokens import TokenBatch
 
 
-class RMULoss(NamedTuple):
-    """The loss that is minimised and its two parts, before weighting."""
+class RMU(Objective):
+    """MSE(activations(forget), control vector) + alpha * MSE(activations(retain), original ones).
 
-    total: Float[Tensor, ""]
-    forget: Float[Tensor, ""]
-    retain: Float[Tensor, ""]
-
-
-class RMU(nn.Module):
-    """The RMU objective for one model; freezes all of its weights but the chosen ones.
-
-    The reference is the model as it is now, also when several requests follow each other: the
-    original values of the chosen weights are kept, everything else is frozen anyway.
+    Needs no other reference than the chosen weights as `prepare` found them, which it keeps;
+    everything else is frozen. They stay the reference when several requests follow each other.
 
     Args:
-        model: The causal LM to change, wrapped or not.
         hook_point: Decoder layer l whose output is steered, such as `blocks.2.hook_resid_post`.
-        steering: Norm of the control vector, in activation units.
-        alpha: Weight of the retain term.
-        seed: Of the control vector, which is drawn once.
-        num_layers: Layers that may change: l and the ones before it.
+        steering: Norm of the control vector, in activation units, > 0.
+        alpha: Weight of the retain term, >= 0.
+        num_layers: Layers that may change, >= 1: l and the ones before it.
         target: Part of the names of the weights that may change.
+        control_seed: Of the control vector, which is drawn once.
 
     Raises:
-        UserError: `hook_point` is no decoder layer, or no weight of these layers matches `target`.
+        UserError: A number is out of its range.
     """
 
-    control: Float[Tensor, " d_in"]
+    name: ClassVar[str] = "rmu"
 
     def __init__(
         self,
-        model: nn.Module,
         hook_point: str,
         *,
         steering: float = 2.0,
         alpha: float = 20.0,
-        seed: int = 0,
         num_layers: int = 3,
         target: str = "mlp.down_proj",
+        control_seed: int = 0,
     ) -> None:
-        super().__init__()
+        check_positive(steering=steering, num_layers=num_layers)
+        check_not_negative(alpha=alpha)
         self.hook_point = hook_point
+        self.steering = steering
         self.alpha = alpha
-        names = trainable_names(model, hook_point, num_layers, target)
-        model.requires_grad_(False)
-        decoder = decoder_of(model)
-        self.trainable = tuple(names)
-        for index, name in enumerate(names):
-            weight = decoder.get_parameter(name).requires_grad_(True)
-            # Buffers move with the module; `persistent=False` keeps checkpoints small.
-            original = weight.detach().clone()
-            self.register_buffer(f"original_{index}", original, persistent=False)
-        d_in = decoder.get_parameter(names[-1]).shape[0]
-        self.register_buffer("control", steering * control_direction(d_in, seed))
+        self.num_layers = num_layers
+        self.target = target
+        self.control_seed = control_seed
+        self.original: dict[str, Tensor] = {}
+        self.control = torch.empty(0)
 
-    def forward(self, model: nn.Module, forget: TokenBatch, retain: TokenBatch) -> RMULoss:
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze all weights but the chosen ones and keep those as they are.
+
+        With an adapter, the chosen weights are those that the adapter puts into these layers.
+
+        Raises:
+            UserError: `hook_point` is no decoder layer, no weight of these layers matches `target`,
+                or all that do are frozen.
+        """
+        names = trainable_names(model, self.hook_point, self.num_layers, self.target)
+        decoder = decoder_of(model)
+        chosen = {name: decoder.get_parameter(name) for name in names}
+        chosen = {name: weight for name, weight in chosen.items() if weight.requires_grad}
+        if not chosen:
+            raise UserError(
+                f"`target` must match weights that are trained, got {self.target!r}, which matches "
+                f"frozen ones such as {names[0]!r}; with LoRA, choose `lora_targets` in these "
+                "layers."
+            )
+        model.requires_grad_(False)
+        for weight in chosen.values():
+            weight.requires_grad_(True)
+        self.original = {name: weight.detach().clone() for name, weight in chosen.items()}
+        self.control = self.steering * control_direction(hidden_size(model), self.control_seed)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: TokenBatch,
+        retain: TokenBatch,
+        *,
+        reference: Reference | None = None,
+        step: int | None = None,
+    ) -> Loss:
         """The loss on a forget and a retain batch; only counted tokens enter it."""
+        del reference, step
         with torch.no_grad():
-            reference = self._activations(model, retain, original=True)
-        forget_loss = masked_mse(self._activations(model, forget), self.control, forget.token_mask)
-        retain_loss = masked_mse(self._activations(model, retain), reference, retain.token_mask)
-        return RMULoss(forget_loss + self.alpha * retain_loss, forget_loss, retain_loss)
+            original = self._activations(model, retain, original=True)
+        steered = self._activations(model, forget)
+        # Nothing else moves what was kept: a Trainer only moves what is registered.
+        self.control = self.control.to(steered.device)
+        forget_loss = masked_mse(steered, self.control, forget.token_mask)
+        retain_loss = masked_mse(self._activations(model, retain), original, retain.token_mask)
+        return weighted(forget_loss, retain_loss, 1.0, self.alpha)
 
     def _activations(
         self, model: nn.Module, batch: TokenBatch, original: bool = False
@@ -87,14 +113,13 @@ class RMU(nn.Module):
         handle = layer.register_forward_hook(
             lambda _module, _args, output: captured.append(hidden_states(output))
         )
-        weights = {
-            name: self.get_buffer(f"original_{index}") for index, name in enumerate(self.trainable)
-        }
+        device = batch.input_ids.device
+        self.original = {name: weight.to(device) for name, weight in self.original.items()}
         try:
             # The decoder alone: no logits are needed.
             functional_call(
                 decoder_of(model),
-                weights if original else {},
+                self.original if original else {},
                 kwargs={**batch.model_inputs(), "use_cache": False},
             )
         finally:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from dsg.errors import UserError
 from dsg.objectives.likelihood import mean_kl, mean_nll, next_token_logits
-from dsg.objectives.terms import Loss, check_not_negative, check_positive, check_reference
+from dsg.objectives.objective import Objective
+from dsg.objectives.terms import Loss, check_not_negative, check_positive, required
 from dsg.reference import Reference
 from dsg.tokens import TokenBatch
 
 
-class SCRUB:
+class SCRUB(Objective):
     """Max steps: -beta * KL_T(forget). Min steps: alpha * KL_T(retain) + gamma * NLL(retain).
 
     KL_T = temperature^2 * KL(reference || model) of the distributions softmax(logits /
@@ -32,7 +33,6 @@ class SCRUB:
     sweeps a "beta" that it does not explain; here that is the weight of the forget term.
 
     Args:
-        reference: The model before unlearning.
         alpha: Weight of the divergence on retain text, >= 0.
         beta: Weight of the divergence on forget text, >= 0.
         gamma: Weight of the likelihood of retain text, >= 0.
@@ -41,15 +41,14 @@ class SCRUB:
             alternates to the end.
 
     Raises:
-        UserError: A weight is negative, the temperature is not positive, `max_steps` is below 1, or
-            there is no reference.
+        UserError: A weight is negative, the temperature is not positive, or `max_steps` is below 1.
     """
 
-    needs_reference: ClassVar[bool] = True
+    name: ClassVar[str] = "scrub"
+    needs_reference = True
 
     def __init__(
         self,
-        reference: Reference | None,
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -57,15 +56,12 @@ class SCRUB:
         temperature: float = 2.0,
         max_steps: int | None = None,
     ) -> None:
-        check_reference(reference, "SCRUB")
         check_not_negative(alpha=alpha, beta=beta, gamma=gamma)
         check_positive(temperature=temperature)
         if max_steps is not None and max_steps < 1:
             raise UserError(
                 f"`max_steps` must be at least 1, got {max_steps}; use None to alternate always."
             )
-        assert reference is not None
-        self.reference = reference
         self.alpha = alpha
         self.beta = beta
         self.gamma = gamma
@@ -77,7 +73,13 @@ class SCRUB:
         return step % 2 == 0 and (self.max_steps is None or step < self.max_steps)
 
     def __call__(
-        self, model: nn.Module, forget: TokenBatch, retain: TokenBatch, step: int | None = None
+        self,
+        model: nn.Module,
+        forget: TokenBatch,
+        retain: TokenBatch,
+        *,
+        reference: Reference | None = None,
+        step: int | None = None,
     ) -> Loss:
         """The loss on a forget and a retain batch.
 
@@ -85,25 +87,27 @@ class SCRUB:
             model: The student.
             forget: Not run in a min step.
             retain: Not run in a max step.
+            reference: The teacher.
             step: Optimizer steps taken so far; None adds both terms.
 
         Returns:
             `forget` is -KL_T(forget), `retain` the weighted sum of the two retain terms; 0 for the
             one that is not run.
         """
+        teacher = required(reference, "SCRUB")
         zero = torch.zeros((), device=forget.input_ids.device)
         forget_loss, retain_loss = zero, zero
         if step is None or self.maximises(step):
-            forget_loss = -self._divergence(next_token_logits(model, forget), forget)
+            forget_loss = -self._divergence(teacher, next_token_logits(model, forget), forget)
         if step is None or not self.maximises(step):
             logits = next_token_logits(model, retain)
-            divergence = self._divergence(logits, retain)
+            divergence = self._divergence(teacher, logits, retain)
             retain_loss = self.alpha * divergence + self.gamma * mean_nll(logits, retain)
         return Loss(self.beta * forget_loss + retain_loss, forget_loss, retain_loss)
 
     def _divergence(
-        self, logits: Float[Tensor, "batch seq vocab"], batch: TokenBatch
+        self, teacher: Reference, logits: Float[Tensor, "batch seq vocab"], batch: TokenBatch
     ) -> Float[Tensor, ""]:
-        divergence = mean_kl(self.reference.logits(batch), logits, batch, self.temperature)
+        divergence = mean_kl(teacher.logits(batch), logits, batch, self.temperature)
         # Squared, so that the gradient keeps its size whatever the temperature (Hinton et al.).
         return self.temperature**2 * divergence

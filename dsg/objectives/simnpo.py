@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsg.objectives.likelihood import mean_over_sequences, next_token_logits, sequence_nll
+from dsg.objectives.objective import Objective
 from dsg.objectives.terms import (
     Loss,
     RetainTerm,
@@ -23,7 +24,7 @@ from dsg.reference import Reference
 from dsg.tokens import TokenBatch
 
 
-class SimNPO:
+class SimNPO(Objective):
     """gamma * mean of -(2/beta) log sigmoid(beta (NLL / length - delta)) + alpha * retain term.
 
     The mean is over sequences. NLL is summed over the targets of a sequence and divided by their
@@ -39,14 +40,13 @@ class SimNPO:
         alpha: Weight of the retain term, >= 0.
         gamma: Weight of the forget term, >= 0.
         retain: `none`, `nll` or `kl`, see `retain_loss`.
-        reference: Needed for `kl`.
 
     Raises:
-        UserError: `beta` is not positive, a weight or `delta` is negative, `retain` is unknown, or
-            `kl` has no reference.
+        UserError: `beta` is not positive, a weight or `delta` is negative, or `retain` is
+            unknown.
     """
 
-    needs_reference: ClassVar[bool] = False
+    name: ClassVar[str] = "simnpo"
 
     def __init__(
         self,
@@ -56,23 +56,31 @@ class SimNPO:
         alpha: float = 1.0,
         gamma: float = 0.125,
         retain: RetainTerm = "nll",
-        reference: Reference | None = None,
     ) -> None:
         check_positive(beta=beta)
         check_not_negative(alpha=alpha, gamma=gamma, delta=delta)
-        check_retain(retain, reference, "SimNPO")
+        check_retain(retain)
         self.beta = beta
         self.delta = delta
         self.alpha = alpha
         self.gamma = gamma
         self.retain: RetainTerm = retain
-        self.reference = reference
+        self.needs_reference = retain == "kl"
 
-    def __call__(self, model: nn.Module, forget: TokenBatch, retain: TokenBatch) -> Loss:
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: TokenBatch,
+        retain: TokenBatch,
+        *,
+        reference: Reference | None = None,
+        step: int | None = None,
+    ) -> Loss:
         """The loss on a forget and a retain batch."""
+        del step
         nll = sequence_nll(next_token_logits(model, forget), forget)
         per_token = nll.sums / nll.num_targets.clamp(min=1)
         losses = -2 / self.beta * F.logsigmoid(self.beta * (per_token - self.delta))
         forget_loss = mean_over_sequences(losses, nll.num_targets)
-        kept = retain_loss(self.retain, model, retain, self.reference)
+        kept = retain_loss(self.retain, model, retain, reference)
         return weighted(forget_loss, kept, self.gamma, self.alpha)

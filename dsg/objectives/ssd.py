@@ -9,12 +9,15 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError
 from dsg.hooks import evaluating
-from dsg.objectives.likelihood import mean_nll, next_token_logits, target_mask
-from dsg.objectives.terms import check_positive
+from dsg.objectives.likelihood import mean_nll, mean_or_zero, next_token_logits, target_mask
+from dsg.objectives.objective import Objective
+from dsg.objectives.terms import Loss, check_positive
+from dsg.reference import Reference
 from dsg.tokens import TokenBatch
 
 
@@ -27,8 +30,8 @@ class DiagonalFisher:
     per sequence and float32 memory for one more copy of the weights.
 
     Attributes:
-        sums: Squared gradients by weight name, float32; ranks may be added up.
-        num_sequences: Sequences behind them, those without a target left out.
+        sums: Squared gradients by weight name, float32.
+        num_sequences: Sequences behind them, those without a target left out; an int64 number.
 
     Args:
         model: A causal LM; its weights that require gradients are measured.
@@ -39,14 +42,19 @@ class DiagonalFisher:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.num_sequences = 0
+        self.num_sequences = torch.zeros((), dtype=torch.long)
         self.sums = {
             name: torch.zeros_like(weight, dtype=torch.float32)
             for name, weight in _measured(model).items()
         }
 
-    def update(self, batch: TokenBatch) -> None:
-        """Add the sequences of a batch; the model runs in evaluation mode, its `grad`s stay."""
+    def update(self, batch: TokenBatch) -> Float[Tensor, ""]:
+        """Add the sequences of a batch; the model runs in evaluation mode, its `grad`s stay.
+
+        Returns:
+            Mean over the sequences of their negative log-likelihood per target, in nats.
+        """
+        losses = torch.zeros(0, device=batch.input_ids.device)
         weights = _measured(self._model)
         with torch.enable_grad(), evaluating(self._model):
             for row in _rows(batch):
@@ -57,6 +65,12 @@ class DiagonalFisher:
                     if gradient is not None:
                         self.sums[name] += gradient.float().square()
                 self.num_sequences += 1
+                losses = torch.cat([losses, loss.detach()[None]])
+        return mean_or_zero(losses)
+
+    def tensors(self) -> list[Tensor]:
+        """All sums, which may be added up in place over batches and ranks."""
+        return [*self.sums.values(), self.num_sequences]
 
     def mean(self) -> dict[str, Tensor]:
         """Importance by weight name: the mean over sequences, >= 0.
@@ -66,10 +80,17 @@ class DiagonalFisher:
         """
         if self.num_sequences == 0:
             raise UserError(
-                "`batches` must hold at least one sequence with two counted tokens, got none; "
+                "the texts must hold at least one sequence with two counted tokens, got none; "
                 "give longer texts."
             )
-        return {name: total / self.num_sequences for name, total in self.sums.items()}
+        return {name: total / int(self.num_sequences) for name, total in self.sums.items()}
+
+
+class Importances(NamedTuple):
+    """What both texts need every weight for."""
+
+    forget: DiagonalFisher
+    retain: DiagonalFisher
 
 
 class Dampening(NamedTuple):
@@ -81,8 +102,10 @@ class Dampening(NamedTuple):
     """Weights that were measured."""
 
 
-class SSD:
+class SSD(Objective):
     """theta <- theta * min(lambda F_retain / F_forget, 1) wherever F_forget > alpha F_retain.
+
+    Calls sum importances up, `finish` changes the weights; there is nothing to descend on.
 
     The published method takes F of the whole training set in place of F_retain: pass such batches
     as `retain` for that. The defaults are the method's own; the DSG paper sweeps both (Table 6:
@@ -96,7 +119,8 @@ class SSD:
         UserError: One of them is out of its range.
     """
 
-    needs_reference: ClassVar[bool] = False
+    name: ClassVar[str] = "ssd"
+    changes_at_end: ClassVar[bool] = True
 
     def __init__(self, *, selection_threshold: float = 10.0, dampening: float = 1.0) -> None:
         # NaN compares false.
@@ -108,29 +132,50 @@ class SSD:
         self.selection_threshold = selection_threshold
         self.dampening = dampening
 
-    def __call__(
-        self, model: nn.Module, forget: Iterable[TokenBatch], retain: Iterable[TokenBatch]
-    ) -> Dampening:
-        """Measure both importances and change the model's weights in place.
-
-        Args:
-            model: A causal LM; only its weights that require gradients may change.
-            forget: Batches of forget text, read once.
-            retain: Batches of retain text, read once.
-
-        Returns:
-            How many weights were selected.
+    def prepare(self, model: nn.Module) -> None:
+        """Begin with no importances; weights that require gradients may change.
 
         Raises:
-            UserError: No weight requires gradients, or one of the data sets has no target.
+            UserError: No weight requires gradients.
         """
-        importances = []
-        for batches in (forget, retain):
-            fisher = DiagonalFisher(model)
-            for batch in batches:
-                fisher.update(batch)
-            importances.append(fisher.mean())
-        return self.dampen(model, *importances)
+        self.importances = self.empty(model)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: TokenBatch,
+        retain: TokenBatch,
+        *,
+        reference: Reference | None = None,
+        step: int | None = None,
+    ) -> Loss:
+        """Add the importances of a batch; the parts are the likelihoods met on the way."""
+        del reference, step
+        part, loss = self.measure(model, forget, retain)
+        for fisher, added in zip(self.importances, part, strict=True):
+            for total, tensor in zip(fisher.tensors(), added.tensors(), strict=True):
+                total.add_(tensor.to(total.device))
+        return loss
+
+    def empty(self, model: nn.Module) -> Importances:
+        """Importances of no sequence."""
+        return Importances(DiagonalFisher(model), DiagonalFisher(model))
+
+    def measure(
+        self, model: nn.Module, forget: TokenBatch, retain: TokenBatch
+    ) -> tuple[Importances, Loss]:
+        """The importances of a batch, for a caller who adds several ranks' up."""
+        part = self.empty(model)
+        forget_nll, retain_nll = part.forget.update(forget), part.retain.update(retain)
+        return part, Loss(torch.zeros_like(forget_nll), forget_nll, retain_nll)
+
+    def finish(self, model: nn.Module) -> None:
+        """Change the model's weights in place.
+
+        Raises:
+            UserError: One of the two texts had no target.
+        """
+        self.dampen(model, self.importances.forget.mean(), self.importances.retain.mean())
 
     @torch.no_grad()
     def dampen(
@@ -139,7 +184,7 @@ class SSD:
         """Change the model's weights in place, given the importances by weight name."""
         num_selected = num_weights = 0
         for name, weight in _measured(model).items():
-            for_forget, for_retain = forget[name], retain[name]
+            for_forget, for_retain = (found[name].to(weight.device) for found in (forget, retain))
             # Infinity times 0 is NaN, which selects nothing either.
             selected = for_forget > self.selection_threshold * for_retain
             # Only selected weights are divided, and those have an importance above 0.

@@ -38,14 +38,16 @@ def retain_loss(
         model: The model that is trained.
         batch: Retain text.
         reference: Needed for `kl`.
+
+    Raises:
+        UserError: `kl` has no reference.
     """
     if term == "none":
         return torch.zeros((), device=batch.input_ids.device)
     logits = next_token_logits(model, batch)
     if term == "nll":
         return mean_nll(logits, batch)
-    assert reference is not None
-    return mean_kl(reference.logits(batch), logits, batch)
+    return mean_kl(required(reference, "the retain term 'kl'").logits(batch), logits, batch)
 
 
 def weighted(
@@ -79,24 +81,27 @@ def check_not_negative(**values: float) -> None:
             )
 
 
-def check_retain(term: str, reference: Reference | None, objective: str) -> None:
-    """Refuses an unknown retain term, and `kl` without a reference.
+def check_retain(term: str) -> None:
+    """Refuses an unknown retain term.
 
     Raises:
-        UserError: If it is either.
+        UserError: If it is one.
     """
     check_choice("retain", term, ("none", "nll", "kl"))
-    if term == "kl":
-        check_reference(reference, f"{objective} with the retain term 'kl'")
 
 
-def check_reference(reference: Reference | None, objective: str) -> None:
-    """Refuses a missing reference.
+def required(reference: Reference | None, what: str) -> Reference:
+    """The reference, which must be there.
+
+    Args:
+        reference: As it was given.
+        what: That needs it.
 
     Raises:
         UserError: If there is none.
     """
     if reference is None:
         raise UserError(
-            f"`reference` must be given for {objective}, got None; choose AdapterOff or FrozenCopy."
+            f"`reference` must be given for {what}, got None; choose AdapterOff or FrozenCopy."
         )
+    return reference

@@ -5,13 +5,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from dsg.errors import UserError
 from dsg.guard import Guard
 from dsg.making import GuardMaker
+from dsg.objectives import NPO, RMU, SSD, TaskVector
 from dsg.results import read_results
 from lightning_modules import SequentialModule
-from lightning_modules.unlearning import RMUSettings
 from tests.helpers import HOOK_POINT, standard_sae, tiny_model, tiny_tokenizer
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer, texts
 
-RMU = RMUSettings(HOOK_POINT, steering=5.0, lr=1e-2)
+
+def descent():
+    return {"objective": RMU(HOOK_POINT, steering=5.0), "lr": 1e-2}
 
 
 def run(toy, run_dir, trainer=None, data=None, ckpt_path=None, **settings):
@@ -75,22 +77,36 @@ def test_every_request_is_measured_again_after_each(toy, tmp_path):
 
 
 def test_rmu_shares_the_module_and_keeps_its_first_reference(toy, tmp_path):
-    module, rows = run(toy, tmp_path, rmu=RMU)
+    module, rows = run(toy, tmp_path, **descent())
     assert module.automatic_optimization
     assert {(row["request"], row["guard"], row["method"]) for row in rows} == {
         (request, "none", "rmu") for request in (0, 1, 2)
     }
-    name = module.objective.trainable[-1]
-    original = tiny_model().get_decoder().get_parameter(name)
-    index = len(module.objective.trainable) - 1
-    assert torch.equal(module.objective.get_buffer(f"original_{index}"), original)
-    assert not torch.equal(module.model.get_decoder().get_parameter(name), original)
+    original = tiny_model().get_decoder()
+    assert set(module.objective.original) == {
+        f"layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)
+    }
+    for name, kept in module.objective.original.items():
+        assert torch.equal(kept, original.get_parameter(name))
+        assert not torch.equal(module.model.get_decoder().get_parameter(name), kept)
+
+
+def test_a_reference_stays_the_original_model(toy, tmp_path):
+    changes = {"objective": NPO(retain="kl"), "reference": "frozen_copy", "lr": 1e-2}
+    module, rows = run(toy, tmp_path, **changes)
+    assert {row["method"] for row in rows} == {"npo"}
+    weights = dict(module.reference._model.named_parameters())
+    for name, weight in tiny_model().named_parameters():
+        assert torch.equal(weights[name], weight)
+        assert not torch.equal(module.model.get_parameter(name), weight)
 
 
 @pytest.mark.parametrize("method", ["guard", "rmu"])
 def test_a_run_resumes_after_a_request(toy, tmp_path, method):
-    settings = {"rmu": RMU} if method == "rmu" else {"guard": guard_settings(toy)}
-    _, expected = run(toy, tmp_path / "whole", **settings)
+    def settings():
+        return descent() if method == "rmu" else {"guard": guard_settings(toy)}
+
+    _, expected = run(toy, tmp_path / "whole", **settings())
 
     class Interrupted(ToyData):
         def train_dataloader(self):
@@ -101,12 +117,12 @@ def test_a_run_resumes_after_a_request(toy, tmp_path, method):
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     changes = {"enable_checkpointing": True, "callbacks": [checkpoints]}
     with pytest.raises(InterruptedError):
-        run(toy, tmp_path / "halves", changes, Interrupted("requests"), **settings)
+        run(toy, tmp_path / "halves", changes, Interrupted("requests"), **settings())
     [path] = (tmp_path / "checkpoints").glob("request_*.ckpt" if method == "guard" else "last.ckpt")
     names = torch.load(path, weights_only=True)["state_dict"]
     assert all("down_proj" in name for name in names)
     assert bool(names) == (method == "rmu")
-    assert run(toy, tmp_path / "halves", ckpt_path=path, **settings)[1] == expected
+    assert run(toy, tmp_path / "halves", ckpt_path=path, **settings())[1] == expected
 
 
 @pytest.mark.parametrize(
@@ -123,7 +139,21 @@ def test_trainers_that_cannot_run_a_curriculum(toy, tmp_path, trainer, message):
 
 
 def test_exactly_one_way_to_fulfil_requests(toy):
-    with pytest.raises(UserError, match=r"exactly one of `guard` and `rmu` .* got neither"):
+    with pytest.raises(UserError, match=r"exactly one of `guard` and `objective` .* got neither"):
         SequentialModule("model")
-    with pytest.raises(UserError, match=r"exactly one of `guard` and `rmu` .* got both"):
-        SequentialModule("model", guard=guard_settings(toy), rmu=RMU)
+    with pytest.raises(UserError, match=r"exactly one of `guard` and `objective` .* got both"):
+        SequentialModule("model", guard=guard_settings(toy), **descent())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": NPO()}, "`reference` must be 'frozen_copy' for NPO"),
+        ({"objective": SSD()}, "`objective` must be a loss to descend on .* got SSD"),
+        ({"objective": TaskVector()}, "`objective` must be a loss to descend on .* got TaskVector"),
+        ({**descent(), "lr": 0.0}, "`lr` must be positive and finite, got 0.0"),
+    ],
+)
+def test_objectives_that_cannot_follow_each_other(settings, message):
+    with pytest.raises(UserError, match=message):
+        SequentialModule("model", **settings)

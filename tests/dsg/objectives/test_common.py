@@ -1,18 +1,24 @@
 """What holds for every gradient objective."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from dsg.attacks import prepare_attack
-from dsg.objectives.ga import GradientAscent
-from dsg.objectives.grad_diff import GradDiff
+from dsg.objectives import (
+    NPO,
+    RMU,
+    SCRUB,
+    SSD,
+    GradDiff,
+    GradientAscent,
+    Objective,
+    SimNPO,
+    TaskVector,
+)
 from dsg.objectives.likelihood import mean_nll, next_token_logits
-from dsg.objectives.npo import NPO
-from dsg.objectives.scrub import SCRUB
-from dsg.objectives.simnpo import SimNPO
-from dsg.objectives.task_vector import TaskVector
 from dsg.reference import AdapterOff, FrozenCopy
 from tests.dsg.objectives.toys import rows, token_batch, uncount
 from tests.helpers import BOS, tiny_model
@@ -22,29 +28,29 @@ RETAIN = token_batch([BOS, 10, 11, 12, 13], [BOS, 14])
 
 # SimNPO with the paper's beta has no slope left on texts that a random model finds improbable.
 OBJECTIVES = {
-    "ga": lambda _model, _reference: GradientAscent(),
-    "grad_diff": lambda _model, _reference: GradDiff(),
-    "grad_diff_kl": lambda _model, reference: GradDiff(retain="kl", reference=reference),
-    "npo": lambda _model, reference: NPO(reference, retain="none"),
-    "npo_nll": lambda _model, reference: NPO(reference, retain="nll"),
-    "npo_kl": lambda _model, reference: NPO(reference, retain="kl"),
-    "simnpo": lambda _model, _reference: SimNPO(beta=0.5),
-    "scrub": lambda _model, reference: SCRUB(reference),
-    "task_vector": lambda model, _reference: TaskVector(model),
+    "ga": GradientAscent,
+    "grad_diff": GradDiff,
+    "grad_diff_kl": partial(GradDiff, retain="kl"),
+    "npo": partial(NPO, retain="none"),
+    "npo_nll": partial(NPO, retain="nll"),
+    "npo_kl": partial(NPO, retain="kl"),
+    "simnpo": partial(SimNPO, beta=0.5),
+    "scrub": SCRUB,
+    "task_vector": TaskVector,
 }
 ALL = pytest.mark.parametrize("name", OBJECTIVES)
 
 
-def make(name: str, model: torch.nn.Module):
+def make(name: str):
     """The objective with another model as its reference, so that no term is zero."""
-    return OBJECTIVES[name](model, FrozenCopy(tiny_model(seed=1)))
+    return partial(OBJECTIVES[name](), reference=FrozenCopy(tiny_model(seed=1)))
 
 
 @ALL
 def test_the_loss_is_three_float32_numbers_and_its_gradient_is_finite(name):
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model().to(dtype)
-        loss = make(name, model)(model, FORGET, RETAIN)
+        loss = make(name)(model, FORGET, RETAIN)
         assert [value.dtype for value in loss] == [torch.float32] * 3
         assert [value.shape for value in loss] == [()] * 3
         loss.total.backward()
@@ -57,7 +63,7 @@ def test_the_loss_is_three_float32_numbers_and_its_gradient_is_finite(name):
 def test_one_step_moves_the_forget_likelihood_as_it_must(name):
     model = tiny_model()
     # The reference is the model itself, as in a run; SCRUB has no slope there and must leave first.
-    objective = OBJECTIVES[name](model, FrozenCopy(model))
+    objective = partial(OBJECTIVES[name](), reference=FrozenCopy(model))
     if name == "scrub":
         with torch.no_grad():
             for weight in model.parameters():
@@ -84,7 +90,7 @@ def test_one_step_moves_the_forget_likelihood_as_it_must(name):
 @pytest.mark.parametrize("name", ["grad_diff", "grad_diff_kl", "npo_nll", "npo_kl", "simnpo"])
 def test_one_step_of_the_retain_term_lowers_it(name):
     model = tiny_model()
-    objective = make(name, model)
+    objective = make(name)
     weights = list(model.parameters())
     before = objective(model, FORGET, RETAIN).retain
     slopes = torch.autograd.grad(before, weights)
@@ -97,7 +103,7 @@ def test_one_step_of_the_retain_term_lowers_it(name):
 @ALL
 def test_padding_changes_nothing(name):
     model = tiny_model()
-    objective = make(name, model)
+    objective = make(name)
     expected = objective(model, FORGET, RETAIN)
     long = [BOS, *([11] * 9)]
     for side in ("right", "left"):
@@ -111,7 +117,7 @@ def test_padding_changes_nothing(name):
 @ALL
 def test_uncounted_tokens_are_read_but_never_targets(name):
     model = tiny_model()
-    objective = make(name, model)
+    objective = make(name)
     # The last token is read by no other position. Uncounted, it must not matter which one it is.
     replaced = token_batch([BOS, 5, 6, 20], [BOS, 8, 9])
     one, other = (objective(model, uncount(batch, 0, 3), RETAIN) for batch in (FORGET, replaced))
@@ -122,7 +128,7 @@ def test_uncounted_tokens_are_read_but_never_targets(name):
 @ALL
 def test_order_does_not_matter_and_sequences_without_a_target_do_not_count(name):
     model = tiny_model()
-    objective = make(name, model)
+    objective = make(name)
     expected = objective(model, FORGET, RETAIN)
     forget = token_batch([BOS], [BOS, 8, 9], [BOS, 5, 6, 7])
     retain = token_batch([BOS, 14], [BOS, 10, 11, 12, 13], [BOS])
@@ -135,7 +141,7 @@ def test_order_does_not_matter_and_sequences_without_a_target_do_not_count(name)
 def test_a_batch_without_a_target_has_a_zero_gradient(name):
     model = tiny_model()
     empty = token_batch([BOS], [BOS])
-    loss = make(name, model)(model, empty, empty)
+    loss = make(name)(model, empty, empty)
     loss.total.backward()
     assert loss.total.item() == 0.0
     assert not any(w.grad is not None and w.grad.any() for w in model.parameters())
@@ -152,7 +158,7 @@ def test_both_references_give_the_same_loss_and_gradient_for_an_adapter(name):
                 if "lora_B" in parameter_name:
                     weight.normal_(std=0.1)
         model.train()
-        loss = OBJECTIVES[name](model, reference_of(model))(model, FORGET, RETAIN)
+        loss = OBJECTIVES[name]()(model, FORGET, RETAIN, reference=reference_of(model))
         loss.total.backward()
         slopes = {n: w.grad for n, w in model.named_parameters() if w.requires_grad}
         results.append((tuple(loss), slopes))
@@ -164,13 +170,20 @@ def test_both_references_give_the_same_loss_and_gradient_for_an_adapter(name):
 def test_mixed_precision_keeps_gradients_and_float32_losses():
     model = tiny_model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = NPO(FrozenCopy(model), retain="kl")(model, FORGET, RETAIN)
+        loss = NPO(retain="kl")(model, FORGET, RETAIN, reference=FrozenCopy(model))
     assert loss.total.dtype == torch.float32
     loss.total.backward()
     assert all(weight.grad is not None for weight in model.parameters())
 
 
 def test_which_need_a_reference():
-    needed = {"npo", "npo_nll", "npo_kl", "scrub"}
-    for name in OBJECTIVES:
-        assert make(name, tiny_model()).needs_reference == (name in needed)
+    needed = {"npo", "npo_nll", "npo_kl", "grad_diff_kl", "scrub"}
+    for name, objective in OBJECTIVES.items():
+        assert objective().needs_reference == (name in needed)
+
+
+def test_names_are_the_methods_of_the_results():
+    named = (GradientAscent, GradDiff, NPO, SimNPO, RMU, SCRUB, SSD, TaskVector)
+    expected = ("ga", "grad_diff", "npo", "simnpo", "rmu", "scrub", "ssd", "task_vector")
+    assert tuple(objective.name for objective in named) == expected
+    assert all(issubclass(objective, Objective) for objective in named)

@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from dsg.attacks import prepare_attack
 from dsg.errors import UserError
 from dsg.objectives.rmu import RMU, control_direction, masked_mse, trainable_names
 from dsg.tokens import TokenBatch, pad_sequences
@@ -10,6 +13,12 @@ from tests.helpers import BOS, HOOK_POINT, PAD, tiny_model
 
 def token_batch(*sequences: list[int]) -> TokenBatch:
     return pad_sequences(sequences, PAD, [PAD, BOS])
+
+
+def rmu(model: nn.Module, **settings: Any) -> RMU:
+    objective = RMU(HOOK_POINT, **settings)
+    objective.prepare(model)
+    return objective
 
 
 FORGET = token_batch([BOS, 5, 6, 7], [BOS, 8])
@@ -32,7 +41,7 @@ def test_control_direction_is_a_fixed_non_negative_unit_vector():
 
 
 def test_loss_before_training_matches_an_independent_float64_computation(model):
-    objective = RMU(model, HOOK_POINT, steering=3.0, alpha=7.0, seed=5)
+    objective = rmu(model, steering=3.0, alpha=7.0, control_seed=5)
     loss = objective(model, FORGET, RETAIN)
     drawn = torch.rand(16, generator=torch.Generator().manual_seed(5)).double()
     target = 3.0 * drawn / drawn.norm()
@@ -47,10 +56,10 @@ def test_loss_before_training_matches_an_independent_float64_computation(model):
 
 
 def test_reference_stays_the_original_model_while_weights_move(model):
-    objective = RMU(model, HOOK_POINT, alpha=2.0)
+    objective = rmu(model, alpha=2.0)
     original = tiny_model()
     with torch.no_grad():
-        for name in objective.trainable:
+        for name in objective.original:
             model.get_decoder().get_parameter(name).add_(0.1)
     loss = objective(model, FORGET, RETAIN)
     ids = RETAIN.input_ids
@@ -66,7 +75,7 @@ def test_reference_stays_the_original_model_while_weights_move(model):
 
 def test_training_lowers_the_loss_and_touches_nothing_else(model):
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    objective = RMU(model, HOOK_POINT, steering=5.0, num_layers=1)
+    objective = rmu(model, steering=5.0, num_layers=1)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=0.1)
     losses = []
@@ -82,7 +91,7 @@ def test_training_lowers_the_loss_and_touches_nothing_else(model):
 
 
 def test_padding_changes_nothing(model):
-    objective = RMU(model, HOOK_POINT)
+    objective = rmu(model)
     padded = token_batch([BOS, 5, 6, 7], [BOS, 8], [BOS] + [11] * 9)
     padded = TokenBatch(padded.input_ids[:2], padded.attention_mask[:2], padded.token_mask[:2])
     expected, actual = objective(model, FORGET, RETAIN), objective(model, padded, RETAIN)
@@ -97,15 +106,41 @@ def test_names_are_the_down_projections_of_the_last_layers(model):
 
 def test_a_target_that_matches_nothing(model):
     with pytest.raises(UserError, match=r"`target` must be part of a weight's name.*'fc9'"):
-        RMU(model, HOOK_POINT, target="fc9")
+        rmu(model, target="fc9")
 
 
 def test_a_hook_point_that_is_no_layer(model):
     with pytest.raises(UserError, match=r"`hook_point` must name a decoder layer for RMU"):
-        RMU(model, "model.layers.1.mlp", target="down_proj")
+        RMU("model.layers.1.mlp", target="down_proj").prepare(model)
 
 
-def test_control_is_a_buffer_of_the_objective(model):
-    objective = RMU(model, HOOK_POINT)
-    assert isinstance(objective, nn.Module)
-    assert set(objective.state_dict()) == {"control"}
+def test_of_an_adapter_it_trains_what_lies_in_its_layers(model):
+    adapted = prepare_attack(model, "lora", targets=["down_proj", "q_proj"])
+    objective = rmu(adapted, num_layers=1, target="mlp.", steering=5.0)
+    trained = {n for n, weight in adapted.named_parameters() if weight.requires_grad}
+    assert {name.split("base_model.model.model.")[1] for name in trained} == {
+        f"layers.1.mlp.down_proj.lora_{factor}.default.weight" for factor in "AB"
+    }
+    with torch.no_grad():
+        for name in trained:
+            adapted.get_parameter(name).normal_()
+    loss = objective(adapted, FORGET, RETAIN)
+    changed = adapted(RETAIN.input_ids, output_hidden_states=True).hidden_states[2][0, 1:]
+    original = tiny_model()(RETAIN.input_ids, output_hidden_states=True).hidden_states[2][0, 1:]
+    expected = (changed.double() - original.double()).square().mean().item()
+    assert loss.retain.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_adapter_elsewhere(model):
+    adapted = prepare_attack(model, "lora", targets=["q_proj"])
+    with pytest.raises(UserError, match=r"`target` must match weights that are trained, got 'mlp."):
+        rmu(adapted, target="mlp.")
+
+
+def test_bad_settings():
+    with pytest.raises(UserError, match=r"`steering` must be positive and finite, got 0.0"):
+        RMU(HOOK_POINT, steering=0.0)
+    with pytest.raises(UserError, match=r"`alpha` must be at least 0 and finite, got -1.0"):
+        RMU(HOOK_POINT, alpha=-1.0)
+    with pytest.raises(UserError, match=r"`num_layers` must be positive and finite, got 0"):
+        RMU(HOOK_POINT, num_layers=0)

@@ -39,10 +39,8 @@ def test_by_hand():
 @pytest.mark.parametrize("term", ["nll", "kl"])
 def test_margin_weights_and_retain_terms_by_hand(term):
     hand = hand_nlls(TABLE, [BOS, 1, 3]) if term == "nll" else hand_kls([BOS, 1, 3])
-    objective = SimNPO(
-        beta=2.0, delta=0.7, alpha=5.0, gamma=0.5, retain=term, reference=TableReference()
-    )
-    loss = objective(TableModel(TABLE), FORGET, RETAIN)
+    objective = SimNPO(beta=2.0, delta=0.7, alpha=5.0, gamma=0.5, retain=term)
+    loss = objective(TableModel(TABLE), FORGET, RETAIN, reference=TableReference())
     assert loss.forget.item() == pytest.approx(forget_by_hand(2.0, 0.7), rel=1e-5)
     assert loss.retain.item() == pytest.approx(mean(hand), rel=1e-5)
     total = 0.5 * forget_by_hand(2.0, 0.7) + 5.0 * mean(hand)
@@ -80,9 +78,15 @@ def test_defaults_are_the_papers_for_tofu_forget10():
     [
         ({"beta": 0.0}, r"`beta` must be positive and finite, got 0.0"),
         ({"delta": -1.0}, r"`delta` must be at least 0 and finite, got -1.0"),
-        ({"retain": "kl"}, r"`reference` must be given for SimNPO with the retain term 'kl'"),
+        ({"retain": "klr"}, r"`retain` must be one of"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(UserError, match=message):
         SimNPO(**settings)
+
+
+def test_kl_needs_its_reference():
+    assert SimNPO(retain="kl").needs_reference
+    with pytest.raises(UserError, match=r"`reference` must be given for the retain term 'kl'"):
+        SimNPO(retain="kl")(TableModel(TABLE), FORGET, RETAIN)
