@@ -1,9 +1,14 @@
 """Fixtures shared by all tests: one tiny model, tokenizer and SAE each."""
 
+import os
+
 import pytest
 import torch
 
 from tests import helpers
+
+# W&B reads it once per process, when any library imports it first.
+os.environ["WANDB_MODE"] = "offline"
 
 
 @pytest.fixture(autouse=True, scope="session")
