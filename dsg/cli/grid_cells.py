@@ -24,6 +24,7 @@ from dsg.grid.cells import RUN_DIR, Cell
 from dsg.grid.choosing import Try, best
 from dsg.grid.config import GUARD_KEY
 from dsg.grid.overrides import Config, map_strings
+from dsg.grid.plan import GUARDS_FILE
 from dsg.results import write_atomically
 from dsg.sae import load_sae
 from dsg.splits import guard_texts
@@ -31,7 +32,6 @@ from lightning_modules.guards import maker_from
 from lightning_modules.loading import load_model
 
 CONFIGS_FOLDER = "configs"
-GUARDS_FILE = "guards.json"
 
 
 def work(cell: Cell, run_dir: Path) -> None:
@@ -79,14 +79,13 @@ def tune_guards(folder: Path, config: Config, configs: Path) -> None:
     """Choose the settings of all guards of one seed and domain, and save the guards.
 
     They share the model's activations on the texts, so one cell does them all. How long each took
-    counts the shared part in full.
+    counts the shared part in full, but neither loading nor choosing.
 
     Args:
         folder: Gets a folder per method with its guard, and `guards.json`: tries, choice, seconds.
         config: Method -> `config`, `grid` and `settings_of`.
         configs: Where the configurations are written.
     """
-    started = time.monotonic()
     modules = {}
     for name, method in config.items():
         resolved = map_strings(method["config"], lightning_cli.resolve_benchmark)
@@ -95,10 +94,11 @@ def tune_guards(folder: Path, config: Config, configs: Path) -> None:
     settings = {name: module.guard_settings for name, (module, _) in modules.items()}
     data.setup("validate")
     texts = guard_texts(data, near=False)
-    model = load_model(first.model_name)
-    maker = maker_from(first.guard_settings, model, load_sae(first.guard_settings.sae), data)
+    model, sae = load_model(first.model_name), load_sae(first.guard_settings.sae)
+    started = time.perf_counter()
+    maker = maker_from(first.guard_settings, model, sae, data)
     forget = maker.statistics(texts["forget_selection"])
-    shared = time.monotonic() - started
+    shared = time.perf_counter() - started
     tuner = GuardTuner(maker, forget, *_questions(data))
     found: dict[str, Any] = {}
     for name in sorted(config, key=lambda name: config[name]["settings_of"] is not None):
@@ -112,9 +112,9 @@ def tune_guards(folder: Path, config: Config, configs: Path) -> None:
             grid = {_setting(key): values for key, values in method["grid"].items()}
             tries = tuner.tries(settings[name], grid)
             chosen = best(tries).settings
-        started = time.monotonic()
+        started = time.perf_counter()
         tuner.make(replace(settings[name], **chosen)).save(folder / name)
-        seconds = shared + time.monotonic() - started
+        seconds = shared + time.perf_counter() - started
         found[name] = {"tries": tries, "chosen": chosen, "seconds": round(seconds, 2)}
     write_atomically(folder / GUARDS_FILE, json.dumps(found, indent=1) + "\n")
 

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
 class Workers:
     """Up to `jobs` processes, started when there is work for them; killed at the end of the block.
 
-    Each computes on one thread, so that results do not depend on how many there are. Cells that were
-    interrupted leave no mark and are done again by a resumed run.
+    Each computes on one thread, so that results do not depend on how many there are. Cells that
+    were interrupted leave no mark and are done again by a resumed run.
 
     Args:
         jobs: Processes.
@@ -122,24 +122,22 @@ def _serve(connection: Connection, run_dir: str, work: str) -> None:
     # Ctrl-C reaches every process of the terminal; the grid's own ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_environment()
-    module, function = work.split(":")
-    do: Callable[[Cell, Path], None] | None = None
     while True:
         try:
             cell: Cell = connection.recv()
         except (EOFError, OSError):
             return
         _redirect_output(cell.log(Path(run_dir)))
-        do = do or getattr(importlib.import_module(module), function)
-        connection.send(_attempt(do, cell, Path(run_dir)))
+        connection.send(_attempt(work, cell, Path(run_dir)))
 
 
-def _attempt(do: Callable[[Cell, Path], None], cell: Cell, run_dir: Path) -> str | None:
+def _attempt(work: str, cell: Cell, run_dir: Path) -> str | None:
     """Do a cell from the start; returns why it failed, if it did."""
     started = time.monotonic()
     cell.clear(run_dir)
     try:
-        do(cell, run_dir)
+        module, function = work.split(":")
+        getattr(importlib.import_module(module), function)(cell, run_dir)
     except UserError as error:
         return " ".join(str(error).split())
     except (Exception, SystemExit) as error:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from dsg.errors import UserError
 
@@ -19,7 +19,7 @@ _FAST_TEXTS = {"data.init_args.num_train_texts": 16}
 class Sweep:
     """Every combination of values with every seed, each a run of its own."""
 
-    command: str
+    command: Literal["fit", "validate", "test"]
     """What runs a cell: `fit`, `validate` or `test`."""
     config: str
     """The runnable configuration, relative to the grid file."""
@@ -31,11 +31,6 @@ class Sweep:
     """Values that differ from the configuration in all cells, by dotted key."""
 
     def __post_init__(self) -> None:
-        if self.command not in ("fit", "validate", "test"):
-            raise UserError(
-                f"`command` of a sweep must be fit, validate or test, got {self.command!r}; "
-                "choose one."
-            )
         _check_list("seeds", self.seeds)
         _check_grid("grid", self.grid)
 
@@ -80,6 +75,8 @@ class Attack:
     """Learning rates of the attacker."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Values that differ from the configuration, by dotted key."""
+    guarded: dict[str, Any] = field(default_factory=dict)
+    """Values that differ as well where a guard is attacked."""
 
 
 @dataclass(frozen=True)
