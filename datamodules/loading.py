@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from datamodules.resumable import ResumableLoader
 from datamodules.samplers import GlobalBatches
 from dsg.errors import UserError
 from dsg.scoring import Passage, Question, cloze_collate, encode_question, passage_collate
@@ -48,8 +49,8 @@ def batch_loader(
     """
     rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
     sampler = GlobalBatches(batches, rank, world_size, keep_rest=keep_rest)
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]
+    return ResumableLoader(
+        dataset,
         batch_sampler=sampler,
         collate_fn=lambda items: collate(items) if items else None,
     )

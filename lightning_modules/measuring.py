@@ -149,7 +149,7 @@ class Measurer:
         labels: Labels,
         *,
         stage: Literal["val", "test"],
-        epoch: int | None = None,
+        epoch: float | None = None,
         request: int | None = None,
         forget_domains: Sequence[str] = ("forget",),
     ) -> None:
@@ -216,7 +216,8 @@ class Measurer:
 def metric_key(measurement: Measurement, stage: str, guard: str) -> str:
     """The logged name, `<stage>/<domain>/guard_<on|off>/<metric>`.
 
-    A further guard's name takes the place of `on`. A protocol other than `cloze` follows the metric, where the metric has several.
+    A further guard's name takes the place of `on`. A protocol other than `cloze` follows the
+    metric, where the metric has several.
     """
     suffix = measurement.protocol.removeprefix("cloze").removeprefix("_")
     if measurement.metric in _ON_PASSAGES_ONLY or not suffix:

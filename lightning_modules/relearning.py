@@ -30,7 +30,7 @@ from lightning_modules.measuring import (
     require_full_sanity_check,
 )
 from lightning_modules.protocols import EVALUATION_DATA, data_of
-from lightning_modules.resuming import check_same_run, restore_rng, rng_states
+from lightning_modules.resuming import check_same_run, evaluate_now, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable
 
 
@@ -136,7 +136,7 @@ class RelearningModule(lightning.LightningModule):
         self.guard: Guard | None = None
         self.drift: Drift | None = None
         self._remaking: GuardSettings | None = None
-        self._checkpoint_epoch: float | None = None
+        self._loaded_epoch: float | None = None
 
     def configure_model(self) -> None:
         """Load the model, make the guard from it, and only then prepare the attack; once."""
@@ -200,9 +200,7 @@ class RelearningModule(lightning.LightningModule):
             attack=self._attack_name(),
             seed=self.seed,
         )
-        fits = self.trainer.state.fn == TrainerFn.FITTING
-        epoch = epochs_done(self.trainer) if fits else self._checkpoint_epoch
-        self.measurer.finish(self.trainer, labels, stage="val", epoch=epoch)
+        self.measurer.finish(self.trainer, labels, stage="val", epoch=self._epoch())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what the attacker may change."""
@@ -210,8 +208,13 @@ class RelearningModule(lightning.LightningModule):
         return torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay)
 
     def on_fit_start(self) -> None:
-        """Check that the state before the attack will be measured."""
+        """Check that the state before the attack will be measured, and catch up when resumed."""
         require_full_sanity_check(self.trainer)
+        epoch = self._loaded_epoch
+        unmeasured = epoch not in {row["epoch"] for row in self.measurer.rows}
+        if epoch is not None and float(epoch).is_integer() and unmeasured:
+            evaluate_now(self, data_of(self.trainer))
+        self._loaded_epoch = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the attack changed and what was measured."""
@@ -230,12 +233,12 @@ class RelearningModule(lightning.LightningModule):
             UserError: The checkpoint is of another run.
         """
         check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
+        self._loaded_epoch = checkpoint["attack_epoch"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.measurer.load_state(checkpoint["measurer"])
             restore_rng(checkpoint["rng"])
         else:
             self.measurer.baseline = checkpoint["measurer"]["baseline"]
-            self._checkpoint_epoch = checkpoint["attack_epoch"]
 
     def _remember(self, model: PreTrainedModel, hook_point: str) -> Drift:
         """The activations before the attack; now, because a checkpoint is loaded hereafter."""
@@ -252,15 +255,19 @@ class RelearningModule(lightning.LightningModule):
         """The guard made anew from the attacked model; before the attack it is the fixed one."""
         if self._remaking is None or self.guard is None:
             return {}
-        if self.trainer.sanity_checking:
+        if self._epoch() == 0:
             return {"maintained": self.guard}
         assert self.model is not None
         guard = make_guard(self._remaking, unwrap(self.model), self.trainer)
         return {"maintained": guard.to(self.device)}
 
+    def _epoch(self) -> float:
+        """Epochs behind the model that is evaluated: those of a checkpoint just loaded, if any."""
+        return epochs_done(self.trainer) if self._loaded_epoch is None else self._loaded_epoch
+
     def _attack_name(self) -> str:
         """The `attack` column: the ordinary attack's text and objective go without saying."""
-        text = getattr(self.trainer.datamodule, "attack_text", "forget")
+        text = getattr(data_of(self.trainer), "attack_text", "forget")
         parts = ("relearn", self.adapter, "" if text == "forget" else text, self.attacker.name)
         return "_".join(part for part in parts if part)
 

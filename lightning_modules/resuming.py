@@ -4,8 +4,10 @@ import random
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import lightning
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from dsg.errors import UserError
 
@@ -32,6 +34,25 @@ def restore_rng(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.device_count() == len(states["cuda"]):
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def evaluate_now(module: lightning.LightningModule, data: Any) -> None:
+    """Run the validation hooks of a module outside of its Trainer's loops.
+
+    After a checkpoint of an epoch's last batch Lightning goes on with the next epoch, so that the
+    evaluation which was to follow that batch would never take place.
+
+    Args:
+        module: The module, on its device, with the weights that are to be evaluated.
+        data: Its data module.
+    """
+    with isolate_rng():
+        module.on_validation_start()
+        for number, loader in enumerate(data.val_dataloader()):
+            for index, batch in enumerate(loader):
+                moved = batch if batch is None else batch.to(module.device)
+                module.validation_step(moved, index, number)
+        module.on_validation_epoch_end()
 
 
 def check_same_run(

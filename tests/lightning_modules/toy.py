@@ -7,6 +7,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
+from datamodules.resumable import ResumableLoader
 from datamodules.samplers import GlobalBatches
 from dsg.recipes import GuardSettings
 from dsg.scoring import Passage, Question, cloze_collate, passage_collate
@@ -56,7 +57,6 @@ class ToyData(lightning.LightningDataModule):
     """
 
     name = "toy"
-    val_split = "validation"
     val_split = "validation"
     request_domains = ("first", "second")
 
@@ -139,7 +139,7 @@ class ToyData(lightning.LightningDataModule):
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         sampler = GlobalBatches(batches, rank, world_size, keep_rest=keep_rest)
-        return DataLoader(
+        return ResumableLoader(
             items,
             batch_sampler=sampler,
             collate_fn=lambda batch: collate(batch) if batch else None,
