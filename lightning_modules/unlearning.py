@@ -30,6 +30,7 @@ from lightning_modules.measuring import (
 )
 from lightning_modules.protocols import EVALUATION_DATA, UnlearningBatch, data_of
 from lightning_modules.references import ReferenceKind, check_reference, make_reference
+from lightning_modules.resuming import check_same_run, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable, save_model_folder
 
 
@@ -164,7 +165,8 @@ class UnlearningModule(lightning.LightningModule):
         self.stopwatch.stop()
         data = data_of(self.trainer, *EVALUATION_DATA)
         self.measurer.start(data, data.val_split, None)
-        if self.objective.changes_at_end and not self.trainer.sanity_checking:
+        # The sanity check of a resumed run may make up for an evaluation that was missed.
+        if self.objective.changes_at_end and epochs_done(self.trainer) > 0:
             assert self.model is not None
             weights = trainable_weights(self.model)
             self._unfinished = {name: weight.clone() for name, weight in weights.items()}
@@ -234,11 +236,36 @@ class UnlearningModule(lightning.LightningModule):
         keep_trainable(self, checkpoint)
         checkpoint["measurer"] = self.measurer.state()
         checkpoint["unlearn_seconds"] = self.stopwatch.seconds
+        checkpoint["settings"] = self._settings()
+        checkpoint["rng"] = rng_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the measurements of the interrupted run."""
+        """Take up the interrupted run.
+
+        Raises:
+            UserError: The checkpoint is of another run.
+        """
+        check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
         self.measurer.load_state(checkpoint["measurer"])
         self.stopwatch = Stopwatch(checkpoint["unlearn_seconds"])
+        restore_rng(checkpoint["rng"])
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the outcome of this run, in plain values."""
+        kind = type(self.objective)
+        plain = (str, int, float, type(None))
+        hyper = {k: v for k, v in vars(self.objective).items() if isinstance(v, plain)}
+        return {
+            "model_name": self.model_name,
+            "objective": [f"{kind.__module__}.{kind.__qualname__}", hyper],
+            "reference": self.reference_kind,
+            "adapter": self.adapter,
+            "lr": self.lr,
+            "lora": [self.lora_rank, self.lora_alpha, *self.lora_targets],
+            "experiment": self.experiment,
+            "seed": self.seed,
+            "model_label": self.model_label,
+        }
 
 
 class Stopwatch:

@@ -2,6 +2,8 @@
 
 import re
 
+from dsg.errors import UserError
+
 # Lines that repeat what the lines around them say in words a user knows.
 _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:$"
@@ -22,3 +24,17 @@ def one_sentence(message: str) -> str:
     if got and "Expected" in sentence and "Got value" not in sentence:
         sentence += f". Got value: {got[0]}"
     return sentence.replace("Parser key", "key")
+
+
+def user_error_behind(error: BaseException | None) -> UserError | None:
+    """The sentence of a class that refused its arguments, which jsonargparse buries when it raises.
+
+    Args:
+        error: What was raised in the end.
+
+    Returns:
+        The first `UserError` of the chain that led to it, itself included; None if there is none.
+    """
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

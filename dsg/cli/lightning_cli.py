@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from dsg.cli.config_errors import one_sentence
+from dsg.cli.config_errors import one_sentence, user_error_behind
 from dsg.cli.interrupts import interrupts_raised
 from dsg.cli.quiet import calm_libraries
 from dsg.errors import UserError
@@ -77,6 +77,11 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"{one_sentence(str(error))}; see dsg {argv[0]} --help.") from None
         except MisconfigurationException as error:
             raise UserError(str(error)) from error
+        except ValueError as error:
+            refusal = user_error_behind(error)
+            if refusal is None:
+                raise
+            raise refusal from None
     return 0
 
 
