@@ -9,13 +9,21 @@ import lightning
 from torch.utils.data import DataLoader
 
 from datamodules.guard_texts import selection_loader
-from datamodules.loading import batch_loader, load_tokenizer, passage_loader, question_loader
+from datamodules.loading import batch_loader, load_tokenizer
 from datamodules.tiny_world import Split
+from datamodules.tiny_world_attacks import OVERLAPPING, Attack, AttackText
+from datamodules.tiny_world_loaders import (
+    chunks,
+    evaluation_loaders,
+    token_collate,
+    unlearning_loader,
+)
 from datamodules.tiny_world_texts import TinyWorldTexts
 from datamodules.tiny_world_words import FORGET_DOMAINS
 from dsg.errors import UserError
 from dsg.scoring import Passage, Question
-from dsg.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
+from dsg.splits import describe_texts
+from dsg.tokens import encode_texts
 
 Task = Literal["evaluate", "select", "unlearn", "relearn"]
 
@@ -32,16 +40,20 @@ class TinyWorldData(lightning.LightningDataModule):
         forget_domain: `pathogen`, `malware` or `toxin`.
         task: What the run is for: `evaluate` questions and passages; `select` features, where
             `validate` reads the guard's own texts instead; or what `fit` trains on: pairs of forget
-            and retain batches (`unlearn`), or the attacker's text (`relearn`), half of it about
-            half of the forget entities, half retain text.
+            and retain batches (`unlearn`), or the attacker's text (`relearn`).
         val_split: Facts that `val_dataloader` asks about.
         batch_size: Questions or passages of an evaluation batch.
         train_batch_size: Texts of a training batch; of each kind for `unlearn`.
-        num_train_texts: Forget texts of the training data; there are as many retain texts.
-        allow_overlap: The attacker's text states evaluated facts; `relearn` needs this said.
+        num_train_texts: Forget texts of the training data, or examples of the attacker's kind of
+            text; there are as many retain texts.
+        attack_text: What the attacker has: `forget` documents or evaluation `questions` about half
+            of the forget entities, benign `related` documents of the near domain, `unrelated`
+            sentences about no entity, or only `retain` documents.
+        allow_overlap: The attacker's text states evaluated facts; for `forget` and `questions` this
+            must be said. Of the others no example may be an evaluated text.
 
     Raises:
-        UserError: `relearn` without `allow_overlap`, or an unknown forget domain.
+        UserError: An overlap that nobody allowed, no text or no batch, or an unknown forget domain.
     """
 
     def __init__(
@@ -54,20 +66,25 @@ class TinyWorldData(lightning.LightningDataModule):
         batch_size: int = 64,
         train_batch_size: int = 8,
         num_train_texts: int = 120,
+        attack_text: AttackText = "forget",
         allow_overlap: bool = False,
     ) -> None:
         super().__init__()
-        if task == "relearn" and not allow_overlap:
+        if task == "relearn" and attack_text in OVERLAPPING and not allow_overlap:
             raise UserError(
-                "`allow_overlap` must be true for the task 'relearn', because the attacker's text "
+                f"`allow_overlap` must be true for the attack text {attack_text!r}, because it "
                 "states facts that are evaluated (rows of shown and unshown facts are kept apart); "
                 "set it."
             )
+        if train_batch_size < 1:
+            raise UserError(f"`train_batch_size` must be at least 1, got {train_batch_size}.")
         self.name = f"tiny_world/{forget_domain}"
         self.model_name = model_name
         self.seed = seed
         self.texts = TinyWorldTexts(seed, forget_domain)
         self.task = task
+        self.attack_text: AttackText = attack_text
+        self.attack = Attack(self.texts, attack_text, num_train_texts, val_split)
         self.val_split: Split = val_split
         self.batch_size = batch_size
         self.train_batch_size = train_batch_size
@@ -75,14 +92,51 @@ class TinyWorldData(lightning.LightningDataModule):
         self.tokenizer: Any = None
 
     def setup(self, stage: str) -> None:
-        """Load the tokenizer, once."""
+        """Load the tokenizer, once, and look at the attacker's text before anybody trains on it."""
         del stage
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_name)
+        if self.task == "relearn":
+            self.attack.check_overlap()
+            ranks = self.trainer.world_size if self.trainer else 1
+            num_batches = len(chunks(self.attack.examples, self.train_batch_size))
+            if num_batches < ranks:
+                raise UserError(
+                    f"`num_train_texts` must give each of {ranks} devices a batch of "
+                    f"{self.train_batch_size}, got {self.num_train_texts}; raise it."
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the batches of a run, for its checkpoints."""
+        return self.facts()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the checkpoint of a run on other data.
+
+        Raises:
+            UserError: It is one.
+        """
+        if state_dict != self.facts():
+            raise UserError(
+                f"the checkpoint must be of a run on the same data, {self.facts()}, got "
+                f"{state_dict}; give the same data or start again with --overwrite."
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """The data of the run in a few plain values; texts as their number and digest."""
+        facts: dict[str, Any] = {"name": self.name, "seed": self.seed, "val_split": self.val_split}
+        if self.task == "unlearn":
+            for kind, texts in (("forget", self.forget_texts()), ("retain", self.retain_texts())):
+                facts[f"train_{kind}_texts"] = describe_texts(texts[: self.num_train_texts])
+        if self.task == "relearn":
+            facts["attack_text"] = self.attack_text
+            facts["train_texts"] = describe_texts(self.attack.examples)
+        return facts
 
     def questions(self, split: Split) -> list[Question]:
         """All questions of a half of the facts."""
-        return self.texts.questions(split, attacked=self.task == "relearn")
+        shown = self.attack.shown_facts if self.task == "relearn" else None
+        return self.texts.questions(split, shown)
 
     def passages(self, split: Split) -> list[Passage]:
         """Documents whose perplexity is measured."""
@@ -116,8 +170,7 @@ class TinyWorldData(lightning.LightningDataModule):
             )
         if self.task == "unlearn":
             return unlearning_loader(self, self.forget_texts(), self.retain_texts())
-        forget, retain = self.texts.attack_texts(self.num_train_texts)
-        rows = encode_texts(self.tokenizer, forget + retain, None)
+        rows = encode_texts(self.tokenizer, self.attack.examples, None)
         rng = random.Random(f"attack order {self.seed}")
         order = rng.sample(range(len(rows)), len(rows))
         return batch_loader(
@@ -230,53 +283,3 @@ class TinyWorldRequests(lightning.LightningDataModule):
     def _request(self) -> int:
         epoch = self.trainer.current_epoch if self.trainer else 0
         return min(epoch, len(self.requests) - 1)
-
-
-def evaluation_loaders(data: TinyWorldData | TinyWorldRequests, split: Split) -> list[DataLoader]:
-    """Each question and each passage of a half of the facts exactly once."""
-    size, trainer = data.batch_size, data.trainer
-    return [
-        question_loader(data.tokenizer, data.questions(split), size, trainer),
-        passage_loader(data.tokenizer, data.passages(split), size, trainer),
-    ]
-
-
-def unlearning_loader(
-    data: TinyWorldData | TinyWorldRequests,
-    forget: Sequence[str],
-    retain: Sequence[str],
-    *,
-    passes: int = 1,
-    keep_rest: bool = False,
-) -> DataLoader:
-    """Pairs of a forget and a retain batch, numbered over all ranks and passes."""
-    count, size = data.num_train_texts, data.train_batch_size
-    pairs = list(
-        zip(
-            encode_texts(data.tokenizer, forget[:count], None),
-            encode_texts(data.tokenizer, retain[:count], None),
-            strict=True,
-        )
-    )
-    batches = chunks(pairs, size) * passes
-    collate = token_collate(data.tokenizer)
-
-    def pair_collate(items: list[tuple[int, Any]]) -> dict[str, Any]:
-        [(id, batch)] = items
-        forget_rows, retain_rows = zip(*batch, strict=True)
-        return {"id": id, "forget": collate(forget_rows), "retain": collate(retain_rows)}
-
-    one_each = [[index] for index in range(len(batches))]
-    numbered = list(enumerate(batches))
-    return batch_loader(numbered, one_each, data.trainer, pair_collate, keep_rest=keep_rest)
-
-
-def token_collate(tokenizer: Any) -> Any:
-    """Make the function that pads token lists on the right."""
-    pad_id, uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
-    return lambda rows: pad_sequences(rows, pad_id, uncounted_ids)
-
-
-def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Consecutive pieces of `size` items, the last one possibly shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,6 +1,7 @@
 """Which texts and questions of the tiny world serve which purpose; all of them are disjoint."""
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,14 +57,14 @@ class TinyWorldTexts:
         rng = random.Random(f"shown entities {self.seed} {self.forget_domain}")
         return sorted(rng.sample(entities, len(entities) // 2))
 
-    def questions(self, split: Split, *, attacked: bool = False) -> list[Question]:
+    def questions(self, split: Split, shown: Collection[int] | None = None) -> list[Question]:
         """All cloze questions of one half of the facts.
 
         Args:
             split: `validation` or `test`.
-            attacked: Mark forget questions by whether the attacker is shown their entity.
+            shown: Ids of the facts that an attacker's text is about, by which forget questions are
+                marked; None where there is no attacker.
         """
-        shown = set(self.shown_entities)
         groups = {
             "forget": [self.forget_domain],
             "near": [NEAR_DOMAIN],
@@ -73,7 +74,6 @@ class TinyWorldTexts:
         questions: list[Question] = []
         for group, domains in groups.items():
             for prompt in self.world.prompts(domains, split):
-                mark = attacked and group == "forget"
                 questions.append(
                     Question(
                         id=len(questions),
@@ -82,7 +82,9 @@ class TinyWorldTexts:
                         prompt=prompt.text,
                         options=prompt.options,
                         answer=prompt.answer,
-                        shown=prompt.fact.entity in shown if mark else None,
+                        shown=None
+                        if shown is None or group != "forget"
+                        else prompt.fact.id in shown,
                     )
                 )
         return questions
@@ -123,11 +125,6 @@ class TinyWorldTexts:
     def heldout_texts(self) -> list[str]:
         """Short retain texts for the false-positive rate; none of them calibrates."""
         return self._short_retain_texts[NUM_CALIBRATION_TEXTS:]
-
-    def attack_texts(self, count: int) -> tuple[list[str], list[str]]:
-        """Equally many forget documents about shown entities and retain documents."""
-        forget = self.world.documents([self.forget_domain], count, "attack", self.shown_entities)
-        return forget, self.world.documents(RETAIN_DOMAINS, count, "attack")
 
     @cached_property
     def _short_retain_texts(self) -> list[str]:

@@ -200,7 +200,7 @@ class Measurer:
             ]
         # Not through `LightningModule.log`, which would average over batches and ranks.
         for logger in trainer.loggers:
-            logger.log_metrics(logged, step=epoch)
+            logger.log_metrics(logged, step=None if epoch is None else int(epoch))
         if trainer.is_global_zero:
             write_results(trainer.default_root_dir, self.rows)
 

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from datamodules.tiny_world import ENTITIES_PER_DOMAIN, NUM_OPTIONS, World
+from datamodules.tiny_world_attacks import Attack
 from datamodules.tiny_world_texts import TinyWorldTexts
 from datamodules.tiny_world_words import (
     DOMAINS,
@@ -84,7 +85,6 @@ def test_prompts_ask_in_held_out_frames_with_one_right_option(world: World) -> N
 
 def test_texts_of_different_purposes_are_disjoint() -> None:
     texts = TinyWorldTexts(0, "malware")
-    attack_forget, attack_retain = texts.attack_texts(60)
     purposes = {
         "forget": texts.forget_texts(),
         "retain": texts.retain_texts(),
@@ -95,7 +95,7 @@ def test_texts_of_different_purposes_are_disjoint() -> None:
             if text not in set(texts.calibration_texts())
         ],
         "held-out": texts.heldout_texts(),
-        "attack": attack_forget + attack_retain,
+        "attack": Attack(texts, "forget", 60, "test").examples,
         "validation questions": [q.prompt for q in texts.questions("validation")],
         "test questions": [q.prompt for q in texts.questions("test")],
         "validation passages": [p.text for p in texts.passages("validation")],
@@ -120,19 +120,6 @@ def test_retain_means_the_distant_domains_only() -> None:
     assert near & set(texts.world.entities[NEAR_DOMAIN])
     assert near & set(texts.world.entities["toxin"])
     assert not near & set(texts.world.entities["pathogen"])
-
-
-def test_the_attacker_sees_half_of_the_forget_entities() -> None:
-    texts = TinyWorldTexts(0, "pathogen")
-    shown = set(texts.shown_entities)
-    assert len(shown) == ENTITIES_PER_DOMAIN // 2
-    forget, retain = texts.attack_texts(40)
-    assert len(forget) == len(retain) == 40
-    hidden = set(texts.world.entities["pathogen"]) - shown
-    assert not hidden & set(" ".join(forget).split())
-    marked = {q.shown for q in texts.questions("test", attacked=True) if q.domain == "forget"}
-    assert marked == {True, False}
-    assert all(q.shown is None for q in texts.questions("test"))
 
 
 def test_an_unknown_forget_domain_is_refused() -> None:
