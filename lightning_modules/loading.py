@@ -61,7 +61,7 @@ def load_plain_model(model_name: str) -> PreTrainedModel:
     model = load_model(model_name)
     if isinstance(model, PreTrainedModel):
         return model
-    _log.info("The adapter in %s is merged into its base model in float32.", model_name)
+    _log.warning("The adapter in %s is merged into its base model in float32.", model_name)
     return model.merge_and_unload().requires_grad_(False)
 
 

@@ -22,7 +22,7 @@ from dsg.scoring import ClozeBatch, PassageBatch
 from dsg.tokens import TokenBatch
 from lightning_modules.distributed import exclude_frozen_from_ddp
 from lightning_modules.guards import make_guard, remaking_settings
-from lightning_modules.loading import load_model, short_name
+from lightning_modules.loading import load_model, load_plain_model, short_name
 from lightning_modules.measuring import (
     Labels,
     Measurer,
@@ -46,7 +46,7 @@ class RelearningModule(lightning.LightningModule):
     adapter unmerged.
 
     Args:
-        model_name: Hugging Face folder or hub name of the model to attack.
+        model_name: Hugging Face folder or hub name of the model to attack; an adapter is merged.
         guard: How to make the guard; None only with mode `none`.
         mode: `test_time`: the attacker trains the raw model. `train_time`: the guard is in the
             forward pass during training too. `none`: there is no guard.
@@ -142,7 +142,7 @@ class RelearningModule(lightning.LightningModule):
         """Load the model, make the guard from it, and only then prepare the attack; once."""
         if self.model is not None:
             return
-        model = load_model(self.model_name)
+        model = load_plain_model(self.model_name)
         if self.base_model_name is not None:
             self.base_model = load_model(self.base_model_name)
         if self.guard_settings is not None:

@@ -18,7 +18,7 @@ from dsg.objectives import (
 )
 from dsg.objectives.likelihood import mean_nll, next_token_logits
 from dsg.results import read_results, read_run_facts
-from lightning_modules import EvaluationModule, UnlearningModule
+from lightning_modules import EvaluationModule, RelearningModule, UnlearningModule
 from lightning_modules.loading import load_model, load_plain_model
 from tests.helpers import HOOK_POINT, tiny_model
 from tests.lightning_modules.toy import ToyData, make_trainer
@@ -179,6 +179,25 @@ def test_an_adapter_folder_is_evaluated_unmerged(adapter, tmp_path):
     assert read_results(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_an_adapter_is_merged_before_an_attack(adapter, tmp_path, caplog, kind):
+    _, run_dir = adapter
+    attack = RelearningModule(str(run_dir / "model"), adapter=kind, lr=1e-2)
+    with caplog.at_level("WARNING", logger="lightning_modules.loading"):
+        make_trainer(tmp_path, max_epochs=1).fit(attack, ToyData())
+    assert "is merged into its base model in float32" in caplog.text
+    adapted = {name.split(".")[-3] for name, _ in attack.named_parameters() if "lora_" in name}
+    assert bool(adapted) == (kind == "lora")
+
+    def perplexities(folder, epoch):
+        rows = [row for row in read_results(folder) if row["metric"] == "perplexity"]
+        return {row["domain"]: row["value"] for row in rows if row["epoch"] == epoch}
+
+    # The attack begins where unlearning ended.
+    assert perplexities(tmp_path, 0) == pytest.approx(perplexities(run_dir, 2), rel=1e-4)
+    assert perplexities(tmp_path, 1) != perplexities(tmp_path, 0)
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "every"),
     [
@@ -224,6 +243,24 @@ def test_the_last_evaluation_measures_the_model_that_is_saved(toy, tmp_path):
     for row in rows:
         if row["metric"] in ("accuracy", "perplexity"):
             assert values[row["domain"], row["metric"], row["protocol"]] == row["value"]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ssd_on_several_ranks_equals_one(toy, tmp_path, num_ranks):
+    # Three batches: with two ranks the second has none in the last round.
+    unlearn(toy, tmp_path / "one", "ssd")
+    trainer = {"devices": num_ranks, "strategy": "ddp_fork"}
+    unlearn(toy, tmp_path / "several", "ssd", trainer)
+    for name in ("results.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
+
+
+@pytest.mark.parametrize("settings", [COPY, {**LORA, "reference": "adapter_off"}])
+def test_two_ranks_descend_together(toy, tmp_path, settings):
+    trainer = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 1}
+    unlearn(toy, tmp_path, "npo", trainer, **settings)
+    assert {row["epoch"] for row in read_results(tmp_path)} == {0, 1}
+    assert nll(load_model(str(tmp_path / "model"))) > nll(tiny_model()) + 0.01
 
 
 def test_the_time_of_training_is_a_fact_of_the_run(toy, tmp_path):
