@@ -36,6 +36,11 @@ def test_a_new_adapter_does_not_change_the_model(model):
     assert torch.equal(prepare_attack(model, "lora")(ids).logits, expected)
 
 
+def test_a_target_may_name_part_of_a_path(model):
+    attacked = prepare_attack(model, "lora", rank=2, targets=["self_attn.q_proj"])
+    assert len(trainable_weights(attacked)) == 3 * 2
+
+
 def test_full_trains_every_weight(model):
     model.requires_grad_(False)
     attacked = prepare_attack(model, "full")
@@ -56,6 +61,9 @@ def test_every_attack_starts_a_new_adapter(model):
     [
         ({"kind": "prefix"}, r"`kind` must be 'full' or 'lora', got 'prefix'"),
         ({"kind": "lora", "targets": ["c_attn"]}, r"`targets` must name linear layers .*q_proj"),
+        ({"kind": "lora", "targets": ["q_proj", "proj"]}, r"got \['proj'\]"),
+        ({"kind": "lora", "targets": []}, r"`targets` must name linear layers"),
+        ({"kind": "lora", "rank": 0}, r"`rank` of the adapter must be at least 1, got 0"),
     ],
 )
 def test_bad_settings(model, settings, message):

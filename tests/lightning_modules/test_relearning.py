@@ -1,12 +1,16 @@
+from typing import ClassVar
+
+import jsonargparse
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from dsg.attackers import Attacker, AttackLoss, Evade, Task
 from dsg.errors import UserError
 from dsg.results import read_results
-from lightning_modules import RelearningModule
-from tests.helpers import tiny_model
+from lightning_modules import EvaluationModule, RelearningModule
+from tests.helpers import HOOK_POINT, tiny_model, tiny_tokenizer
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer
 
 # Too small to change a float32 weight.
@@ -163,3 +167,161 @@ def test_mode_and_guard_must_agree(toy, mode):
     guard = guard_settings(toy) if mode == "none" else None
     with pytest.raises(UserError, match="`mode` must be 'none' exactly if `guard` is missing"):
         RelearningModule("model", guard=guard, mode=mode)
+
+
+class Shrink(Attacker):
+    """An attack of one's own is one class: this one only makes the logits of a batch small."""
+
+    name: ClassVar[str] = "shrink"
+
+    def __init__(self, strength: float = 1.0) -> None:
+        self.strength = strength
+
+    def __call__(self, forward, batch, guard) -> AttackLoss:
+        del guard
+        size = forward(batch).logits.square().mean()
+        return AttackLoss(self.strength * size, {"size": size})
+
+
+def test_an_attack_is_added_by_one_class(toy, tmp_path):
+    module, rows = attack(toy, tmp_path, attacker=Shrink(2.0))
+    assert {row["attack"] for row in rows} == {"relearn_full_shrink"}
+    ids = torch.tensor([[4, 5, 6]])
+    assert module.model(ids).logits.norm() < 0.9 * tiny_model()(ids).logits.norm()
+
+
+def test_an_attacker_is_named_in_a_configuration():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(RelearningModule, "model")
+    settings = {
+        "class_path": "lightning_modules.RelearningModule",
+        "init_args": {
+            "model_name": "m",
+            "mode": "test_time",
+            "guard": {"hook_point": HOOK_POINT, "sae": "s"},
+            "attacker": {"class_path": "dsg.attackers.Evade", "init_args": {"weight": 3.0}},
+        },
+    }
+    module = parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    assert isinstance(module.attacker, Evade)
+    assert module.attacker.weight == 3.0
+
+
+def test_an_evading_attacker_lowers_the_density_of_its_text(toy, tmp_path):
+    data = ToyData()
+    data.setup("fit")
+    density = {}
+    for attacker in (Task(), Evade(weight=100.0)):
+        module, _ = attack(
+            toy, tmp_path / type(attacker).__name__, attacker=attacker, trainer={"max_epochs": 5}
+        )
+        found = [
+            module.guard.density(module.model, b.input_ids, b.attention_mask, b.token_mask)
+            for b in data.train_dataloader()
+        ]
+        density[type(attacker)] = torch.cat(found).mean()
+    assert density[Task] > 0.1
+    assert density[Evade] < 0.5 * density[Task]
+
+
+def test_drift_is_one_before_the_attack_and_moves_with_it(toy, tmp_path):
+    _, rows = attack(toy, tmp_path, lr=3e-2)
+    drift = [row for row in rows if row["metric"].startswith("drift_")]
+    assert {(row["domain"], row["metric"], row["guard"], row["epoch"]) for row in drift} == {
+        (domain, metric, "off", epoch)
+        for domain in ("forget", "retain")
+        for metric in ("drift_cosine", "drift_norm_ratio")
+        for epoch in (0, 1, 2)
+    }
+    for row in drift:
+        assert (row["value"] == 1.0) == (row["epoch"] == 0)
+        assert row["protocol"] == "passages"
+    assert all(
+        row["value"] < 1 for row in drift if row["metric"] == "drift_cosine" and row["epoch"]
+    )
+
+
+def test_drift_needs_a_hook_point(toy, tmp_path):
+    _, rows = attack(toy, tmp_path / "without", "none")
+    assert not [row for row in rows if row["metric"].startswith("drift_")]
+    _, rows = attack(toy, tmp_path / "with", "none", hook_point=HOOK_POINT)
+    found = {row["guard"] for row in rows if row["metric"].startswith("drift_")}
+    assert found == {"none"}
+
+
+def gate_of(rows, method, epoch):
+    return {
+        (row["domain"], row["protocol"], row["metric"]): row["value"]
+        for row in rows
+        if row["method"] == method and row["epoch"] == epoch and row["guard"] == "on"
+    }
+
+
+def test_a_maintained_guard_is_that_of_the_attacked_model(toy, tmp_path):
+    module, rows = attack(toy, tmp_path, lr=3e-2, maintenance=True, trainer={"max_epochs": 1})
+    assert {(row["method"], row["guard"]) for row in rows} == {
+        ("dsg", "off"),
+        ("dsg", "on"),
+        ("dsg_maintained", "on"),
+    }
+    assert gate_of(rows, "dsg", 0) == gate_of(rows, "dsg_maintained", 0)
+    assert gate_of(rows, "dsg", 1) != gate_of(rows, "dsg_maintained", 1)
+    # The same guard, from nothing but the attacked model.
+    module.model.save_pretrained(tmp_path / "attacked")
+    tiny_tokenizer().save_pretrained(tmp_path / "attacked")
+    evaluation = EvaluationModule(str(tmp_path / "attacked"), guard=guard_settings(toy))
+    make_trainer(tmp_path / "evaluation").validate(evaluation, ToyData(), verbose=False)
+    fresh = gate_of(read_results(tmp_path / "evaluation"), "dsg", None)
+    maintained = gate_of(rows, "dsg_maintained", 1)
+    for key in (fresh.keys() & maintained.keys()) - {("forget", "cloze", "alignment")}:
+        assert fresh[key] == maintained[key]
+
+
+def test_maintenance_does_not_touch_the_attack(toy, tmp_path):
+    rows = {}
+    for maintenance in (False, True):
+        run_dir = tmp_path / str(maintenance)
+        _, found = attack(toy, run_dir, adapter="lora", maintenance=maintenance)
+        rows[maintenance] = [row for row in found if row["method"] == "dsg"]
+    assert rows[True] == rows[False]
+
+
+def test_a_saved_guard_is_maintained_with_the_settings_it_was_made_with(toy, tmp_path):
+    made, _ = attack(toy, tmp_path / "made", maintenance=True, trainer={"max_epochs": 1})
+    made.guard.save(tmp_path / "guard")
+    settings = {
+        "guard": guard_settings(toy, artifact=str(tmp_path / "guard"), num_features=7),
+        "mode": "test_time",
+        "maintenance": True,
+        "lr": 1e-2,
+    }
+    module = RelearningModule(str(toy / "model"), **settings)
+    torch.manual_seed(0)
+    make_trainer(tmp_path / "loaded", max_epochs=1).fit(module, ToyData())
+    assert read_results(tmp_path / "loaded") == read_results(tmp_path / "made")
+
+    made.guard.replace(facts={}).save(tmp_path / "guard")
+    module = RelearningModule(str(toy / "model"), **settings)
+    with pytest.raises(UserError, match="must tell the settings it was made with"):
+        make_trainer(tmp_path / "untold").fit(module, ToyData())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "`lr` must be finite and above 0, got 0.0"),
+        ({"lr": -1e-3}, "`lr` must be finite and above 0"),
+        ({"lr": float("nan")}, "`lr` must be finite and above 0"),
+        ({"attacker": Evade()}, "`guard` must be given for this `attacker`, got None"),
+        ({"maintenance": True}, "`guard` must be given for this `maintenance`"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(UserError, match=message):
+        RelearningModule("model", **settings)
+
+
+def test_a_target_that_matches_no_layer_is_refused_before_anything_is_measured(toy, tmp_path):
+    with pytest.raises(UserError, match=r"`targets` must name linear layers .* got \['c_attn'\]"):
+        attack(toy, tmp_path, adapter="lora", lora_targets=["q_proj", "c_attn"])
+    assert not (tmp_path / "results.jsonl").exists()
