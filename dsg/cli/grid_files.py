@@ -30,7 +30,7 @@ def read_grid(path: Path) -> Grid:
         parsed: Any = parser.parse_path(str(path))
     except argparse.ArgumentError as error:
         raise UserError(f"The grid {str(path)!r}: {one_sentence(str(error))}; mend it.") from None
-    return kind(**vars(parser.instantiate_classes(parsed)))
+    return kind(**vars(parser.instantiate(parsed)))
 
 
 def named_configs(grid: Grid, path: Path) -> dict[str, Config]:

@@ -39,13 +39,13 @@ class Workers:
     Args:
         jobs: Processes.
         run_dir: Directory of the grid.
-        work: `module:function` that gets a cell and `run_dir`.
+        work: `module:function` that gets a cell and `run_dir`; None takes `WORK`.
     """
 
-    def __init__(self, jobs: int, run_dir: Path, work: str = WORK) -> None:
+    def __init__(self, jobs: int, run_dir: Path, work: str | None = None) -> None:
         self._jobs = jobs
         self._run_dir = run_dir
-        self._work = work
+        self._work = work or WORK
         self._idle: list[_Worker] = []
         self._busy: dict[_Worker, Cell] = {}
 
