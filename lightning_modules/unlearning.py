@@ -56,7 +56,8 @@ class UnlearningModule(lightning.LightningModule):
         model_label: The `model` column; None takes the model's name.
 
     Raises:
-        UserError: `lr` is not positive, or `reference` does not suit the objective or the adapter.
+        UserError: `lr` is not positive, `reference` does not suit the objective or the adapter, or the
+            adapter does not suit the objective.
     """
 
     def __init__(
@@ -76,6 +77,11 @@ class UnlearningModule(lightning.LightningModule):
         super().__init__()
         check_positive(lr=lr)
         check_reference(reference, objective, adapter)
+        if isinstance(objective, SSD) and adapter != "full":
+            raise UserError(
+                f"`adapter` must be 'full' for SSD, got {adapter!r}: a new adapter holds no weight "
+                "that could be dampened; change it."
+            )
         self.model_name = model_name
         self.objective = objective
         self.reference_kind: ReferenceKind = reference

@@ -14,9 +14,12 @@ ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y
 PARTS = [name for name in ALL if name.startswith("parts/")]
 RUNNABLE = [name for name in ALL if name not in PARTS]
 
-NUM_RUNNABLE = 18
+NUM_RUNNABLE = 25
 # Part -> a runnable configuration that it is meant for.
-PARTS_IN_USE = {"parts/train_time.yaml": "attack/relearn_lora.yaml"}
+PARTS_IN_USE = {
+    "parts/train_time.yaml": "attack/relearn_lora.yaml",
+    "parts/unlearn_lora.yaml": "unlearn/npo.yaml",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -282,6 +282,8 @@ def test_settings_that_cannot_work(toy):
         make(toy, **LORA, reference="none")
     with pytest.raises(UserError, match=r"`reference` 'adapter_off' needs adapter 'lora'"):
         make(toy, reference="adapter_off")
+    with pytest.raises(UserError, match=r"`adapter` must be 'full' for SSD, got 'lora'"):
+        make(toy, "ssd", adapter="lora")
     with pytest.raises(UserError, match=r"`reference` must be one of"):
         make(toy, reference="copy")
 
