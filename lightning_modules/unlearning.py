@@ -56,8 +56,7 @@ class UnlearningModule(lightning.LightningModule):
         model_label: The `model` column; None takes the model's name.
 
     Raises:
-        UserError: `lr` is not positive, `reference` does not suit the objective or the adapter, or the
-            adapter does not suit the objective.
+        UserError: `lr` is not positive, or objective, reference and adapter do not suit each other.
     """
 
     def __init__(
