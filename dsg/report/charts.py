@@ -193,6 +193,7 @@ def _edges(threshold: float, highest: float) -> list[float]:
 def _draw_scatter(axes: Axes, cells: Mapping[str, tuple[Cell, Cell]]) -> None:
     for index, (method, (forget, retain)) in enumerate(cells.items()):
         color, marker, _ = _LOOKS[index % len(_LOOKS)]
+        hollow = index // len(_LOOKS) % 2 == 1  # the looks begin again
         axes.errorbar(
             100 * forget.value,
             100 * retain.value,
@@ -201,7 +202,8 @@ def _draw_scatter(axes: Axes, cells: Mapping[str, tuple[Cell, Cell]]) -> None:
             color=color,
             marker=marker,
             markersize=8,
-            markeredgecolor="black",
+            markerfacecolor="white" if hollow else color,
+            markeredgecolor=color if hollow else "black",
             linestyle="none",
             elinewidth=1,
             label=method_name(method),

@@ -20,6 +20,13 @@ METHOD_NAMES = {
     "refusal_clamp": "Refusal Clamp",
     "random": "Random features",
     "rmu": "RMU",
+    "ga": "Gradient ascent",
+    "grad_diff": "GradDiff",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "scrub": "SCRUB",
+    "ssd": "SSD",
+    "task_vector": "Task vector",
 }
 DOMAIN_NAMES = {
     "forget": "forget",
