@@ -43,6 +43,31 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """Name, group, project and configuration of the run.
+
+    Raises:
+        ValueError: See `read_history`; or the file describes no run.
+    """
+    config: dict[str, Any] = {}
+    described: dict[str, Any] = {}
+    for data in _records(path.read_bytes()):
+        record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "run":
+            run = record.run
+            described = {"name": run.display_name, "group": run.run_group, "project": run.project}
+            config |= _config(run.config.update)
+        elif record.WhichOneof("record_type") == "config":
+            config |= _config(record.config.update)
+    if not described:
+        raise ValueError("the W&B file describes no run")
+    return {**described, "config": config}
+
+
+def _config(items: Any) -> dict[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
 def _row(history: HistoryRecord) -> dict[str, Any]:
     return {
         item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in history.item

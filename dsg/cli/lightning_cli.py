@@ -1,6 +1,7 @@
 """`dsg fit|validate|test|predict`: LightningCLI in subclass mode, inside one run directory."""
 
 import argparse
+import contextlib
 import re
 import shlex
 import signal
@@ -17,13 +18,19 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from dsg.cli.config_errors import one_sentence, user_error_behind
 from dsg.cli.interrupts import interrupts_raised
 from dsg.cli.quiet import calm_libraries
+from dsg.cli.tracking import (
+    Unfailing,
+    data_facts,
+    log_summary,
+    place_loggers,
+    unfailing,
+)
 from dsg.errors import UserError
 from dsg.results import read_run_facts, write_run_facts
 from dsg.run_directory import (
@@ -34,7 +41,6 @@ from dsg.run_directory import (
 )
 
 CONFIG_FILE = "config.yaml"
-
 # Defaults of every run; a configuration names only what differs. Loggers write into the run
 # directory; W&B stays offline unless the user sets WANDB_MODE=online.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -98,8 +104,9 @@ class SaveRunConfig(SaveConfigCallback):
         text = self.parser.dump(self._declared, skip_unset=False)
         (Path(trainer.default_root_dir) / CONFIG_FILE).write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_hyperparams({"config": yaml.safe_load(text)})
+            if isinstance(logger, Unfailing):
+                facts = {"config": yaml.safe_load(text), **data_facts(trainer)}
+                logger.log_hyperparams(facts)
 
 
 class RunCLI(LightningCLI):
@@ -168,8 +175,16 @@ class RunCLI(LightningCLI):
             self._continue(config)
         # Absolute, because W&B's own process may have been started in another working directory.
         config.trainer.default_root_dir = str(self.run_dir.absolute())
-        _place_loggers(config.trainer.logger, self.run_dir.absolute())
+        experiment = config.model.get("init_args", Namespace()).get("experiment")
+        config.trainer.logger = place_loggers(
+            config.trainer.logger, self.run_dir.absolute(), experiment
+        )
         self.config[self.subcommand] = _map_strings(config, resolve_benchmark)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        configured = self._get(self.config_init, "trainer", default={})
+        return super().instantiate_trainer(logger=unfailing(configured.get("logger")), **kwargs)
 
     def _continue(self, config: Namespace) -> None:
         keep_earlier_metrics(self.run_dir)
@@ -191,9 +206,12 @@ class RunCLI(LightningCLI):
         if error is not None and trainer is not None and trainer.strategy.launcher is not None:
             # Ranks that wait for this one would hang, or die with a traceback of their own.
             trainer.strategy.launcher.kill(signal.SIGKILL)
+        if error is None and is_rank_zero():
+            log_summary(self.trainer, self.run_dir)
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
-            wandb.finish(exit_code=0 if error is None else 1)
+            with contextlib.suppress(Exception):  # the run's own files are complete
+                wandb.finish(exit_code=0 if error is None else 1)
         if error is None and is_rank_zero():
             self._write_facts()
 
@@ -212,6 +230,7 @@ class RunCLI(LightningCLI):
             "started": datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self._started, 1),
             "world_size": self.trainer.world_size,
+            **data_facts(self.trainer),
         }
         # A module may have noted facts of its own, such as hashes of its data.
         write_run_facts(self.run_dir, {**read_run_facts(self.run_dir), **facts})
@@ -259,15 +278,3 @@ def _map_strings(value: Any, replace: Callable[[str], str]) -> Any:
         for name, item in vars(value).items():
             setattr(value, name, _map_strings(item, replace))
     return value
-
-
-def _place_loggers(loggers: Any, run_dir: Path) -> None:
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        options = logger.get("init_args") if isinstance(logger, Namespace) else None
-        if options is None or "save_dir" not in options:
-            continue
-        options.save_dir = str(run_dir)
-        if logger.class_path.endswith(".CSVLogger"):
-            options.name = options.version = ""  # metrics.csv lies in the run directory itself
-        elif logger.class_path.endswith(".WandbLogger"):
-            options.name = options.name or run_dir.name

@@ -1,5 +1,6 @@
 """Keeps libraries from talking over what a command has to say."""
 
+import contextlib
 import logging
 import warnings
 
@@ -30,9 +31,11 @@ def calm_libraries() -> None:
 
     # Bars for reading a folder; downloads keep theirs.
     transformers.utils.logging.disable_progress_bar()
+    # A run needs no tracker, and where W&B does not work its logger says so.
     if is_rank_zero():
-        import wandb
+        with contextlib.suppress(Exception):
+            import wandb
 
-        # Lightning passes an option that W&B has retired, and W&B complains about it before it has
-        # read WANDB_SILENT, unless it is set up beforehand.
-        wandb.setup()
+            # Lightning passes an option that W&B has retired, and W&B complains about it before it
+            # has read WANDB_SILENT, unless it is set up beforehand.
+            wandb.setup()

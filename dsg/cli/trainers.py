@@ -1,13 +1,12 @@
 """The Trainer of one stage of a composed run, with a CSV file and the run's W&B log."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-_log = logging.getLogger(__name__)
+from dsg.cli.tracking import Unfailing, report_failure
 
 
 class Tracking:
@@ -27,13 +26,13 @@ class Tracking:
             self._run = logger.experiment
             self._run.config.update(config)
         except Exception as error:  # whatever a tracker does, the run goes on without it
-            _log.warning("W&B does not work (%s); results.jsonl and metrics.csv hold all.", error)
+            report_failure(error)
 
     def loggers(self, folder: Path, prefix: str) -> list[Logger]:
         """`metrics.csv` in the stage's folder, and the W&B run with the stage's name as prefix."""
         loggers: list[Logger] = [CSVLogger(save_dir=str(folder), name="", version="")]
         if self._run is not None:
-            loggers.append(WandbLogger(experiment=self._run, prefix=prefix))
+            loggers.append(Unfailing(WandbLogger(experiment=self._run, prefix=prefix)))
         return loggers
 
     def finish(self) -> None:

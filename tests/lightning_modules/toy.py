@@ -102,6 +102,9 @@ class ToyData(lightning.LightningDataModule):
     def heldout_texts(self) -> list[str]:
         return texts(16, 24, 8, 26)
 
+    def facts(self) -> dict[str, Any]:
+        return {"texts": 10}
+
     def train_dataloader(self) -> DataLoader:
         epoch = self.trainer.current_epoch if self.trainer and self.kind == "requests" else 0
         forget = self._batches(texts(10, 30 + epoch, 5 * epoch, 5 * epoch + 8))
