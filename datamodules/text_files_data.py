@@ -213,11 +213,11 @@ class TextFilesData(lightning.LightningDataModule):
             keep_rest=False,
         )
 
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> DataLoader:
         """Passages of `val_split`, or the guard's texts."""
         if self.task == "select":
-            return [selection_loader(self)]
-        return [self._evaluation(self.val_split)]
+            return selection_loader(self)
+        return self._evaluation(self.val_split)
 
     def test_dataloader(self) -> DataLoader:
         """Passages of the test split."""

@@ -30,7 +30,7 @@ class EvaluationData(Protocol):
     """Questions and passages, and the batches that hold each of them exactly once.
 
     `val_dataloader()` yields the batches of `val_split`, `test_dataloader()` those of
-    the `test` split, in any order and from any number of loaders.
+    the `test` split, in any order, from one loader or a list of them.
     """
 
     name: str

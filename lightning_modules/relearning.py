@@ -244,7 +244,8 @@ class RelearningModule(lightning.LightningModule):
         """The activations before the attack; now, because a checkpoint is loaded hereafter."""
         drift = Drift(hook_point)
         data = data_of(self.trainer, *EVALUATION_DATA)
-        for loader in data.val_dataloader():
+        found = data.val_dataloader()
+        for loader in found if isinstance(found, list) else [found]:
             for batch in loader:
                 if not isinstance(batch, PassageBatch):
                     break
