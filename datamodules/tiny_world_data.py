@@ -169,7 +169,11 @@ class TinyWorldData(lightning.LightningDataModule):
                 f"`task` must be 'unlearn' or 'relearn' for fit, got {self.task!r}; change it."
             )
         if self.task == "unlearn":
-            return unlearning_loader(self, self.forget_texts(), self.retain_texts())
+            # Dampening sums up every batch; gradient steps need equally many on each rank.
+            module: Any = self.trainer.lightning_module if self.trainer else None
+            keep_rest = module is not None and not module.automatic_optimization
+            forget, retain = self.forget_texts(), self.retain_texts()
+            return unlearning_loader(self, forget, retain, keep_rest=keep_rest)
         rows = encode_texts(self.tokenizer, self.attack.examples, None)
         rng = random.Random(f"attack order {self.seed}")
         order = rng.sample(range(len(rows)), len(rows))

@@ -79,6 +79,14 @@ def _check(arguments: list[str]) -> int:
     return check.run(parser.parse_args(arguments))
 
 
+def _grid(arguments: list[str]) -> int:
+    from dsg.cli import grid
+
+    parser = _Parser(prog="dsg grid", description=COMMANDS["grid"][0])
+    grid.add_arguments(parser)
+    return grid.run(parser.parse_args(arguments))
+
+
 def _report(arguments: list[str]) -> int:
     parser = _Parser(prog="dsg report", description=COMMANDS["report"][0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
@@ -97,6 +105,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "check": ("say whether an SAE fits a model, before any experiment", _check),
     "demo": ("the whole loop on the embedded benchmark or on your own text", _demo),
     "bench": ("measure the guard's speed and the memory of selection", _bench),
+    "grid": ("tune, compare and attack methods over seeds, in parallel", _grid),
     "report": ("write report.html from the results of a run", _report),
 }
 

@@ -41,7 +41,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 3
-    for command in ("fit", "validate", "test", "predict", "check", "demo", "bench", "report"):
+    for command in ("fit", "validate", "test", "predict", "check", "demo", "bench", "grid", "report"):
         assert f"\n  {command} " in done.stdout
     assert not done.stderr
 
@@ -70,7 +70,7 @@ def test_unknown_command_names_the_near_ones(typed, near, capsys):
 
 def test_unknown_command_without_near_names_lists_all(capsys):
     assert main(["qqqqq"]) == 2
-    commands = "fit or validate or test or predict or check or demo or bench or report"
+    commands = "fit or validate or test or predict or check or demo or bench or grid or report"
     assert commands in capsys.readouterr().err
 
 
