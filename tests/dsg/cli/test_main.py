@@ -41,7 +41,17 @@ def test_help_is_fast_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 3
-    for command in ("fit", "validate", "test", "predict", "check", "demo", "bench", "grid", "report"):
+    for command in (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "check",
+        "demo",
+        "bench",
+        "grid",
+        "report",
+    ):
         assert f"\n  {command} " in done.stdout
     assert not done.stderr
 
