@@ -149,7 +149,10 @@ def overview(cells: Mapping[str, tuple[Cell, Cell]], title: str, lines: Sequence
     left, right = figure.subplots(1, 2)
     _draw_scatter(left, cells)
     left.set_title("Forgetting and what it costs")
-    left.legend(loc="lower right" if _right_is_free(cells) else "best")
+    if len(cells) > len(_LOOKS):  # a legend of so many would hide them
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, columnspacing=1.0)
+    else:
+        left.legend(loc="lower right" if _right_is_free(cells) else "best")
     right.set_title(title)
     _draw_curves(right, lines, [series.name for series in lines])
     right.set_xlabel("epoch of the attack")
