@@ -5,6 +5,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from dsg.cli.environment import prepare_environment
@@ -55,36 +56,14 @@ def _lightning(command: str) -> Callable[[list[str]], int]:
     return run
 
 
-def _demo(arguments: list[str]) -> int:
-    from dsg.cli import demo
+def _own(command: str) -> Callable[[list[str]], int]:
+    def run(arguments: list[str]) -> int:
+        module = import_module(f"dsg.cli.{command}")
+        parser = _Parser(prog=f"dsg {command}", description=COMMANDS[command][0])
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(arguments)) or 0
 
-    parser = _Parser(prog="dsg demo", description=COMMANDS["demo"][0])
-    demo.add_arguments(parser)
-    return demo.run(parser.parse_args(arguments)) or 0
-
-
-def _bench(arguments: list[str]) -> int:
-    from dsg.cli import bench
-
-    parser = _Parser(prog="dsg bench", description=COMMANDS["bench"][0])
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args(arguments))
-
-
-def _check(arguments: list[str]) -> int:
-    from dsg.cli import check
-
-    parser = _Parser(prog="dsg check", description=COMMANDS["check"][0])
-    check.add_arguments(parser)
-    return check.run(parser.parse_args(arguments))
-
-
-def _grid(arguments: list[str]) -> int:
-    from dsg.cli import grid
-
-    parser = _Parser(prog="dsg grid", description=COMMANDS["grid"][0])
-    grid.add_arguments(parser)
-    return grid.run(parser.parse_args(arguments))
+    return run
 
 
 def _report(arguments: list[str]) -> int:
@@ -102,10 +81,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "validate": ("select features and calibrate a guard, or validate", _lightning("validate")),
     "test": ("evaluate a model with and without its guard", _lightning("test")),
     "predict": ("run a model over data and return its predictions", _lightning("predict")),
-    "check": ("say whether an SAE fits a model, before any experiment", _check),
-    "demo": ("the whole loop on the embedded benchmark or on your own text", _demo),
-    "bench": ("measure the guard's speed and the memory of selection", _bench),
-    "grid": ("tune, compare and attack methods over seeds, in parallel", _grid),
+    "check": ("say whether an SAE fits a model, before any experiment", _own("check")),
+    "demo": ("the whole loop on the embedded benchmark or on your own text", _own("demo")),
+    "bench": ("measure the guard's speed and the memory of selection", _own("bench")),
+    "grid": ("tune, compare and attack methods over seeds, in parallel", _own("grid")),
     "report": ("write report.html from the results of a run", _report),
 }
 

@@ -21,6 +21,7 @@ from dsg.cli.trainers import Tracking
 from dsg.cli.tuning import NUM_RANDOM_DRAWS
 from dsg.cli.world_stages import Cell, Context, evaluate, relearn, sequence, tune_guards, tune_rmu
 from dsg.metrics import mean_interval
+from dsg.recipes import RECIPES
 from dsg.report import build_report, results_table
 from dsg.report.sidefiles import (
     ChosenSettings,
@@ -33,18 +34,7 @@ from dsg.report.sidefiles import (
 from dsg.results import write_results, write_run_facts
 from dsg.run_directory import run_directory
 
-METHODS = (
-    "base",
-    "dsg",
-    "dsg_near",
-    "dsg_window",
-    "dsg_cusum",
-    "static_clamp",
-    "farrell",
-    "clamp_prime",
-    "refusal_clamp",
-    "rmu",
-)
+METHODS = ("base", *(method for method in RECIPES if method != "random"), "rmu")
 ATTACKS: tuple[Literal["full", "lora"], ...] = ("full", "lora")
 ATTACKED: tuple[tuple[str, Literal["none", "test_time", "train_time"]], ...] = (
     ("dsg", "test_time"),
