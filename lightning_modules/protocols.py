@@ -127,3 +127,9 @@ def data_of(trainer: Any, *names: str) -> Any:
             f"{type(data).__name__} does not; choose a data module made for it."
         )
     return cast(Any, data)
+
+
+def val_loaders(data: Any) -> list[Any]:
+    """A data module's validation loaders, however many it has."""
+    found = data.val_dataloader()
+    return found if isinstance(found, list) else [found]

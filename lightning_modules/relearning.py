@@ -29,7 +29,7 @@ from lightning_modules.measuring import (
     epochs_done,
     require_full_sanity_check,
 )
-from lightning_modules.protocols import EVALUATION_DATA, data_of
+from lightning_modules.protocols import EVALUATION_DATA, data_of, val_loaders
 from lightning_modules.resuming import check_same_run, evaluate_now, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable
 
@@ -244,8 +244,7 @@ class RelearningModule(lightning.LightningModule):
         """The activations before the attack; now, because a checkpoint is loaded hereafter."""
         drift = Drift(hook_point)
         data = data_of(self.trainer, *EVALUATION_DATA)
-        found = data.val_dataloader()
-        for loader in found if isinstance(found, list) else [found]:
+        for loader in val_loaders(data):
             for batch in loader:
                 if not isinstance(batch, PassageBatch):
                     break

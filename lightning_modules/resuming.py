@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from dsg.errors import UserError
+from lightning_modules.protocols import val_loaders
 
 
 def rng_states() -> dict[str, Any]:
@@ -48,7 +49,7 @@ def evaluate_now(module: lightning.LightningModule, data: Any) -> None:
     """
     with isolate_rng():
         module.on_validation_start()
-        for number, loader in enumerate(data.val_dataloader()):
+        for number, loader in enumerate(val_loaders(data)):
             for index, batch in enumerate(loader):
                 moved = batch if batch is None else batch.to(module.device)
                 module.validation_step(moved, index, number)
