@@ -73,13 +73,12 @@ def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:
             "--resume needs the files and options of the interrupted run, got others; repeat its "
             "command, or name another --run_dir."
         )
-    tracking = Tracking(run_dir, facts)
     outcomes = {}
-    for seed in options.seeds:
-        cell = _cell(options, files, seed, tracking, console)
-        first = seed == options.seeds[0]
-        outcomes[seed] = _one_seed(stages, cell, options, run_dir if first else None)
-    tracking.finish()
+    with Tracking(run_dir, facts) as tracking:
+        for seed in options.seeds:
+            cell = _cell(options, files, seed, tracking, console)
+            first = seed == options.seeds[0]
+            outcomes[seed] = _one_seed(stages, cell, options, run_dir if first else None)
     write_results(run_dir, stages.rows)
     write_run_facts(run_dir, {**facts, "seeds": outcomes})
     report = build_report(run_dir)

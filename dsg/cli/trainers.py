@@ -1,7 +1,8 @@
 """The Trainer of one stage of a composed run, with a CSV file and the run's W&B log."""
 
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -11,6 +12,8 @@ from dsg.cli.tracking import Unfailing, report_failure
 
 class Tracking:
     """One offline W&B run for all stages of a composed run; W&B can fail without harm.
+
+    A context manager: the W&B run ends with it, also when the composed run is interrupted.
 
     Args:
         run_dir: Where the W&B files go.
@@ -35,10 +38,13 @@ class Tracking:
             loggers.append(Unfailing(WandbLogger(experiment=self._run, prefix=prefix)))
         return loggers
 
-    def finish(self) -> None:
-        """Write what W&B still holds."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._run is not None:
-            self._run.finish()
+            with contextlib.suppress(Exception):  # the run's own files are complete
+                self._run.finish(exit_code=0 if kind is None else 1)
 
 
 def make_trainer(

@@ -72,22 +72,23 @@ def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:
         "parts": options.parts,
         "epochs": options.epochs,
     }
-    tracking = Tracking(run_dir, config)
     chosen: list[ChosenSettings] = []
-    for seed in options.seeds:
-        console.print(
-            f"[bold]seed {seed}: tokenizer, model and SAE[/bold] (cached after the first run)"
-        )
-        benchmark = ensure_benchmark(seed)
-        choices: list[ChosenSettings] = []
-        for forget_domain in options.forget_domains:
-            context = Context(Cell(benchmark, seed, forget_domain), tracking)
-            found = _forget_one_domain(stages, context, options, None if chosen else run_dir)
-            chosen, choices = chosen or found, choices or found
-        if "sequential" in options.parts:
-            context = Context(Cell(benchmark, seed, options.forget_domains[0]), tracking)
-            _sequential(stages, context, {choice.method: dict(choice.chosen) for choice in choices})
-    tracking.finish()
+    with Tracking(run_dir, config) as tracking:
+        for seed in options.seeds:
+            console.print(
+                f"[bold]seed {seed}: tokenizer, model and SAE[/bold] (cached after the first run)"
+            )
+            benchmark = ensure_benchmark(seed)
+            choices: list[ChosenSettings] = []
+            for forget_domain in options.forget_domains:
+                context = Context(Cell(benchmark, seed, forget_domain), tracking)
+                found = _forget_one_domain(stages, context, options, None if chosen else run_dir)
+                chosen, choices = chosen or found, choices or found
+            if "sequential" in options.parts:
+                context = Context(Cell(benchmark, seed, options.forget_domains[0]), tracking)
+                _sequential(
+                    stages, context, {choice.method: dict(choice.chosen) for choice in choices}
+                )
     write_results(run_dir, stages.rows)
     write_settings(run_dir, chosen)
     write_run_facts(run_dir, {"command": ["dsg", *sys.argv[1:]], "config": config})

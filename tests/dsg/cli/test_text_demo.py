@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import wandb
 
 from dsg.cli import text_continuation, text_demo, text_model, text_stages
 from dsg.cli.main import main
@@ -202,6 +203,7 @@ def test_ctrl_c_says_how_to_go_on(folder, capsys, monkeypatch):
     assert main() == 130
     assert "continue with: dsg demo --forget" in capsys.readouterr().err
     assert (folder / "stopped" / "stages" / "inputs" / "stage.json").is_file()
+    assert wandb.run is None
 
 
 class TestPretrained:
