@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dsg.errors import UserError
 from dsg.row_files import ROW_FILES, read_rows
 
-Kind = Literal["data set", "model"]
+Kind = Literal["data set", "model", "SAE"]
 
 
 def parse_name(name: str) -> tuple[str, str | None]:
@@ -93,14 +93,20 @@ def hub_error(argument: str, kind: Kind, name: str, error: BaseException) -> Use
     """
     repository, revision = parse_name(name)
     page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{repository}"
+    reason = _meaning(error, revision) or first_line(error)
     return UserError(
         f"`{argument}` names the {kind} {repository!r} of the Hugging Face hub, which cannot be "
-        f"read ({_reason(error, revision)}); check the name, accept its licence at {page} if it "
-        "asks for that, set HF_TOKEN to a token of that account, or give a local copy."
+        f"read ({reason}); check the name, accept its licence at {page} if it asks for that, set "
+        "HF_TOKEN to a token of that account, or give a local copy."
     )
 
 
-def _reason(error: BaseException, revision: str | None) -> str:
+def is_refusal(error: BaseException) -> bool:
+    """Whether it was the hub that refused, or could not be asked."""
+    return _meaning(error, None) is not None
+
+
+def _meaning(error: BaseException, revision: str | None) -> str | None:
     said = " ".join(f"{type(each).__name__}: {each}" for each in _chain(error))
     meanings = {
         ("GatedRepoError", "gated repo", "gated dataset"): "it is gated",
@@ -111,14 +117,14 @@ def _reason(error: BaseException, revision: str | None) -> str:
         ("RepositoryNotFound", "DatasetNotFound", "not a valid model identifier"): (
             "there is none of that name, or it is private"
         ),
-        ("Couldn't reach", "couldn't connect", "ConnectError", "ConnectionError"): (
+        ("Couldn't reach", "couldn't connect", "ConnectError", "ConnectTimeout"): (
             "the hub cannot be reached and the cache has no such copy"
         ),
     }
     for signs, meaning in meanings.items():
         if any(sign in said for sign in signs):
             return meaning
-    return first_line(error)
+    return None
 
 
 def first_line(error: BaseException) -> str:

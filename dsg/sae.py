@@ -12,6 +12,7 @@ from torch import nn
 from dsg.competing import COMPETING, CompetingFeatures
 from dsg.errors import UserError
 from dsg.features import Features, FeatureSlice, check_feature_ids
+from dsg.hub import hub_error, is_refusal, parse_name
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -112,7 +113,8 @@ def load_sae(release_or_path: str, sae_id: str | None = None, device: str = "cpu
 
     Args:
         release_or_path: A release of SAELens's list, a Hugging Face repository, a folder written
-            by SAELens, or a folder that holds Gemma Scope's `params.npz`.
+            by SAELens, or a folder that holds Gemma Scope's `params.npz`. `release@revision` pins
+            the repository, for SAEs in either of these two forms.
         sae_id: Id within the release; not given for a folder.
         device: Where the weights go.
 
@@ -128,17 +130,21 @@ def load_sae(release_or_path: str, sae_id: str | None = None, device: str = "cpu
     # SAELens takes seconds to import, and loading a guard needs none of it.
     from sae_lens import SAE
 
+    release, revision = parse_name(release_or_path)
     try:
-        if sae_id is not None:
-            sae = SAE.from_pretrained(release_or_path, sae_id, device=device)
-        elif (folder / _GEMMA_SCOPE_FILE).is_file():
-            sae = _load_gemma_scope(folder / _GEMMA_SCOPE_FILE, device)
+        if sae_id is not None and revision is None:
+            sae = SAE.from_pretrained(release, sae_id, device=device)
         else:
-            sae = SAE.load_from_disk(folder, device=device)
+            if sae_id is not None:
+                folder = _pinned_folder(release, sae_id, revision)
+            sae = _load_folder(folder, device)
     except UserError:
         raise
     # Missing files, bad names, gated repositories and lost networks all arrive as other types.
     except Exception as error:
+        if sae_id is not None and is_refusal(error):
+            name = _repository(release) + (f"@{revision}" if revision else "")
+            raise hub_error("sae", "SAE", name, error) from error
         what = f"{release_or_path!r}" + (f" with id {sae_id!r}" if sae_id is not None else "")
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -147,6 +153,33 @@ def load_sae(release_or_path: str, sae_id: str | None = None, device: str = "cpu
         ) from error
     sae.cfg.metadata.loaded_from = [release_or_path, sae_id]
     return sae if sae.dtype in (torch.float32, torch.float64) else sae.to(dtype=torch.float32)
+
+
+def _load_folder(folder: Path, device: str) -> "SAE[Any]":
+    from sae_lens import SAE
+
+    if (folder / _GEMMA_SCOPE_FILE).is_file():
+        return _load_gemma_scope(folder / _GEMMA_SCOPE_FILE, device)
+    return SAE.load_from_disk(folder, device=device)
+
+
+def _pinned_folder(release: str, sae_id: str, revision: str | None) -> Path:
+    """Where an SAE lies once it is downloaded: SAELens itself takes only the newest revision."""
+    from huggingface_hub import snapshot_download
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory().get(release)
+    path = known.saes_map.get(sae_id, sae_id) if known else sae_id
+    root = snapshot_download(_repository(release), revision=revision, allow_patterns=[f"{path}/*"])
+    return Path(root) / path
+
+
+def _repository(release: str) -> str:
+    """The hub repository of a release of SAELens's list; others are repositories themselves."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory().get(release)
+    return known.repo_id if known else release
 
 
 def _load_gemma_scope(path: Path, device: str) -> "SAE[Any]":

@@ -9,6 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsg.errors import UserError
+from dsg.hub import first_line, hub_error, looks_local, parse_name, short_name
+
+__all__ = ["load_model", "load_plain_model", "short_name"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -20,12 +23,12 @@ def load_model(model_name: str) -> PreTrainedModel:
     """Load a causal LM in float32, in evaluation mode and with all weights frozen.
 
     Args:
-        model_name: Hugging Face folder or hub name. A folder with a PEFT adapter gives the model
-            that the adapter names as its base, with the adapter on and unmerged (a `PeftModel`,
-            which stands in for the model inside).
+        model_name: Hugging Face folder or hub name, perhaps with `@revision`. A folder with a PEFT
+            adapter gives the model that the adapter names as its base, with the adapter on and
+            unmerged (a `PeftModel`, which stands in for the model inside).
 
     Raises:
-        UserError: There is no such model, or the adapter's weights are not in safetensors.
+        UserError: There is no such model, the hub refuses it, or weights are not in safetensors.
     """
     if not (Path(model_name) / ADAPTER_CONFIG).is_file():
         return _load(model_name, model_name)
@@ -66,21 +69,24 @@ def load_plain_model(model_name: str) -> PreTrainedModel:
 
 
 def _load(model_name: str, given: str) -> PreTrainedModel:
+    name, revision = parse_name(model_name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision or "main",
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     except (OSError, ValueError) as error:
-        raise _no_model(given, error) from error
+        if looks_local(name):
+            raise _no_model(given, error) from error
+        raise hub_error("model_name", "model", model_name, error) from error
     return model.eval().requires_grad_(False)
 
 
 def _no_model(model_name: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0]
     return UserError(
         f"`model_name` must be a Hugging Face folder or hub name, got {model_name!r} "
-        f"({reason}); check the spelling and that you may read it."
+        f"({first_line(error)}); check the spelling and that you may read it."
     )
-
-
-def short_name(model_name: str) -> str:
-    """How the results call a model: hub names stay, folders lose their place on this machine."""
-    return Path(model_name).name if Path(model_name).exists() else model_name
