@@ -85,6 +85,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "demo": ("the whole loop on the embedded benchmark or on your own text", _own("demo")),
     "bench": ("measure the guard's speed and the memory of selection", _own("bench")),
     "grid": ("tune, compare and attack methods over seeds, in parallel", _own("grid")),
+    "compare": ("paired tests between two runs on the same items", _own("compare")),
     "report": ("write report.html from the results of a run", _report),
 }
 

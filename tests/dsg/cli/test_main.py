@@ -50,6 +50,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
         "demo",
         "bench",
         "grid",
+        "compare",
         "report",
     ):
         assert f"\n  {command} " in done.stdout

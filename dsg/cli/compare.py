@@ -1,0 +1,102 @@
+"""`dsg compare A B`: paired tests between two runs on the same items."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsg.errors import UserError
+
+if TYPE_CHECKING:
+    from dsg.compare import Comparison, Overlap
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `dsg compare`."""
+    parser.add_argument("first", metavar="A", type=Path, help="directory of a finished evaluation")
+    parser.add_argument("second", metavar="B", type=Path, help="directory of the other one")
+    for name, run in (("guard_a", "A"), ("guard_b", "B")):
+        parser.add_argument(
+            f"--{name}",
+            metavar="STATE",
+            help=f"state of the guard in {run}: none, off or on (default: compare each state that "
+            "both runs have with itself); give both or neither",
+        )
+    parser.add_argument(
+        "--metric", nargs="+", default=[], help="only these values, as in the table (default: all)"
+    )
+    parser.add_argument("--domain", nargs="+", default=[], help="only these domains (default: all)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the comparison here too (default: nowhere)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the comparison.
+
+    Raises:
+        UserError: The runs cannot be compared, or an option is wrong.
+    """
+    if (options.guard_a is None) != (options.guard_b is None):
+        raise UserError("--guard_a and --guard_b must be given together, got only one; add it.")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json must lie in an existing folder, got {options.json}; create it.")
+    from dsg.compare import choose, compare_runs
+    from dsg.results import write_atomically
+
+    guards = None if options.guard_a is None else (options.guard_a, options.guard_b)
+    found, overlaps = compare_runs(options.first, options.second, guards)
+    found = choose(found, options.metric, options.domain)
+    _print(options.first, options.second, found, overlaps)
+    if options.json is not None:
+        content = {
+            "comparisons": [asdict(c) for c in found],
+            "items": [asdict(o) for o in overlaps],
+        }
+        write_atomically(options.json, json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+def _print(first: Path, second: Path, found: "list[Comparison]", overlaps: "list[Overlap]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"A: {first}\nB: {second}", highlight=False, markup=False)
+    for overlap in overlaps:
+        console.print(
+            f"guard {_states(overlap.guards)}: {overlap.both} items in both, {overlap.first_only} "
+            f"only in A, {overlap.second_only} only in B",
+            highlight=False,
+        )
+    table = Table()
+    for name in ("guard", "kind", "domain", "metric"):
+        table.add_column(name)
+    for name in ("A", "B", "B - A", "95 % interval", "p", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for comparison in found:
+        test = comparison.test
+        interval = "-" if test.low is None else f"[{test.low:+.4f}, {test.high:+.4f}]"
+        table.add_row(
+            _states(comparison.guards),
+            comparison.kind,
+            comparison.domain,
+            comparison.metric,
+            f"{test.first:.4f}",
+            f"{test.second:.4f}",
+            f"{test.difference:+.4f}",
+            interval.replace("[", r"\["),
+            "<0.0001" if test.p < 0.0001 else f"{test.p:.4f}",
+            str(test.n),
+        )
+    console.print(table)
+    console.print(
+        "0/1 values: exact McNemar test, Newcombe's interval; others: sign-flip permutation test, "
+        f"bootstrap over items. The {len(found)} p values are not corrected for their number.",
+        highlight=False,
+    )
+
+
+def _states(guards: tuple[str, str]) -> str:
+    return guards[0] if guards[0] == guards[1] else f"{guards[0]} -> {guards[1]}"

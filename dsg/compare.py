@@ -1,0 +1,193 @@
+"""Two runs, item by item: what each item scored in either, and whether the difference is real."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsg.errors import UserError
+from dsg.paired import PairedTest, compare_values
+
+ITEMS_FILE = "items.parquet"
+IDENTITY = ("kind", "domain", "key")
+
+# What cannot be averaged over items, or says nothing alone.
+_NO_METRIC = (*IDENTITY, "guard", "id", "text", "chosen", "nll_sum")
+_NO_METRIC_PREFIX = ("num_tokens", "log_prob_")
+
+Item = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of two runs on the items that both measured.
+
+    Attributes:
+        guards: State of the guard in the first and in the second run.
+        kind: `questions`, `passages`, `prompts` or `conversations`.
+        domain: What it was measured on.
+        metric: Name of the value; `nll_per_token` is a passage's mean loss.
+        test: Means, difference, interval, p value and number of items.
+    """
+
+    guards: tuple[str, str]
+    kind: str
+    domain: str
+    metric: str
+    test: PairedTest
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many items of two runs were paired.
+
+    Attributes:
+        guards: State of the guard in the first and in the second run.
+        both: Items of both runs.
+        first_only: Items of the first run alone.
+        second_only: Items of the second run alone.
+    """
+
+    guards: tuple[str, str]
+    both: int
+    first_only: int
+    second_only: int
+
+
+def compare_runs(
+    first: str | Path, second: str | Path, guards: tuple[str, str] | None = None
+) -> tuple[list[Comparison], list[Overlap]]:
+    """Compare two runs on the items that both measured.
+
+    Args:
+        first: Directory of a finished run.
+        second: Directory of the other one, or of the same, to compare two states of its guard.
+        guards: State of the guard (`none`, `off`, `on`) to take from either; None compares each
+            state that both runs have with itself.
+
+    Returns:
+        The comparisons, ordered by state, kind, domain and metric, and how many items there were
+        for each pair of states. An item without a value in one of the runs does not enter that
+        metric.
+
+    Raises:
+        UserError: A directory holds no items, they cannot be told apart, or the runs share none.
+    """
+    runs = [read_items(folder) for folder in (first, second)]
+    pairs = [guards] if guards else [(state, state) for state in runs[0] if state in runs[1]]
+    known = [sorted(run) for run in runs]
+    if not pairs or any(pair[i] not in run for pair in pairs for i, run in enumerate(runs)):
+        raise UserError(
+            f"the runs must have the states of the guard that are to be compared, got {known[0]} "
+            f"in {str(first)!r} and {known[1]} in {str(second)!r}; choose one of each with "
+            "--guard_a and --guard_b."
+        )
+    found: list[Comparison] = []
+    overlaps = [_overlap(pair, runs[0][pair[0]], runs[1][pair[1]]) for pair in pairs]
+    if not any(overlap.both for overlap in overlaps):
+        raise UserError(
+            f"{str(first)!r} and {str(second)!r} must have measured the same items, got "
+            f"{overlaps[0].first_only} and {overlaps[0].second_only} of which none is the same; "
+            "evaluate both on the same data and split."
+        )
+    for pair in pairs:
+        found += _compare(pair, runs[0][pair[0]], runs[1][pair[1]])
+    return found, overlaps
+
+
+def read_items(run_dir: str | Path) -> dict[str, dict[Item, dict[str, float]]]:
+    """What each item of a run scored, by the guard's state and by the item.
+
+    Raises:
+        UserError: The run has no items, an item has no key, or two items have the same one.
+    """
+    path = Path(run_dir) / ITEMS_FILE
+    if not path.is_file():
+        raise UserError(
+            f"run_dir {str(run_dir)!r} holds no {ITEMS_FILE}; give the directory of a finished "
+            "evaluation."
+        )
+    # Here, because nothing else that is imported with this module needs it.
+    from pyarrow import parquet
+
+    states: dict[str, dict[Item, dict[str, float]]] = {}
+    for row in parquet.read_table(path).to_pylist():
+        item: Item = (row["kind"], row["domain"], row["key"])
+        if not row["key"]:
+            raise UserError(
+                f"items must have a key to be compared, got one of {row['domain']!r} without in "
+                f"{str(path)!r}; evaluate again with data whose items have keys."
+            )
+        items = states.setdefault(row["guard"], {})
+        if item in items:
+            raise UserError(
+                f"items must be told apart by kind, domain and key, got {item} twice in "
+                f"{str(path)!r}; evaluate the data sets in runs of their own."
+            )
+        items[item] = _values(row)
+    return states
+
+
+def _values(row: dict[str, Any]) -> dict[str, float]:
+    values = {
+        name: float(value)
+        for name, value in row.items()
+        if value is not None
+        and name not in _NO_METRIC
+        and not name.startswith(_NO_METRIC_PREFIX)
+        and not np.isnan(value)
+    }
+    if row.get("nll_sum") is not None and row.get("num_tokens"):
+        values["nll_per_token"] = row["nll_sum"] / row["num_tokens"]
+    return values
+
+
+def _overlap(guards: tuple[str, str], first: Any, second: Any) -> Overlap:
+    both = first.keys() & second.keys()
+    return Overlap(guards, len(both), len(first) - len(both), len(second) - len(both))
+
+
+def _compare(
+    guards: tuple[str, str],
+    first: dict[Item, dict[str, float]],
+    second: dict[Item, dict[str, float]],
+) -> list[Comparison]:
+    columns: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
+    # In the order of the keys: the resampling must not depend on the order of the files.
+    for item in sorted(first.keys() & second.keys()):
+        one, other = first[item], second[item]
+        for metric in sorted(one.keys() & other.keys()):
+            values = columns.setdefault((item[0], item[1], metric), ([], []))
+            values[0].append(one[metric])
+            values[1].append(other[metric])
+    return [
+        Comparison(guards, kind, domain, metric, compare_values(*values))
+        for (kind, domain, metric), values in sorted(columns.items())
+    ]
+
+
+def choose(
+    found: Sequence[Comparison], metrics: Sequence[str], domains: Sequence[str]
+) -> list[Comparison]:
+    """The comparisons of some metrics and domains; an empty list takes all.
+
+    Raises:
+        UserError: A name is unknown.
+    """
+    for option, wanted, known in (
+        ("metric", metrics, {comparison.metric for comparison in found}),
+        ("domain", domains, {comparison.domain for comparison in found}),
+    ):
+        unknown = sorted(set(wanted) - known)
+        if unknown:
+            raise UserError(
+                f"--{option} must be one of {', '.join(sorted(known))}, got {unknown[0]!r}."
+            )
+    return [
+        comparison
+        for comparison in found
+        if (not metrics or comparison.metric in metrics)
+        and (not domains or comparison.domain in domains)
+    ]

@@ -1,0 +1,103 @@
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dsg.compare import choose, compare_runs, read_items
+from dsg.errors import UserError
+from dsg.paired import mcnemar, sign_flip
+
+
+def write(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    # A kind of item has no value in the columns of another.
+    names = dict.fromkeys(name for row in rows for name in row)
+    rows = [{name: row.get(name) for name in names} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "items.parquet")
+    return folder
+
+
+def question(key, correct, guard="on", domain="forget", **values):
+    row = {"guard": guard, "kind": "questions", "domain": domain, "key": key, "id": 0}
+    return {**row, "correct": float(correct), "margin": correct - 0.25, "chosen": 3.0, **values}
+
+
+def passage(key, nll_sum, num_tokens):
+    row = {"guard": "on", "kind": "passages", "domain": "near", "key": key, "id": 0}
+    return {**row, "nll_sum": nll_sum, "num_tokens": num_tokens, "density": None}
+
+
+def two_runs(folder):
+    first = [question(f"q{index}", index < 6) for index in range(10)]
+    first += [question("first only", 1), passage("p", 6.0, 3.0), passage("q", 4.0, 4.0)]
+    # In another order, with other ids.
+    second = [passage("q", 8.0, 4.0), passage("p", 3.0, 3.0)]
+    second += [question(f"q{index}", index < 2, id=7) for index in reversed(range(10))]
+    return write(folder / "a", first), write(folder / "b", second)
+
+
+def test_items_are_paired_by_key(tmp_path):
+    found, [overlap] = compare_runs(*two_runs(tmp_path))
+    tests = {(c.kind, c.domain, c.metric): c.test for c in found}
+    assert set(tests) == {
+        ("questions", "forget", "correct"),
+        ("questions", "forget", "margin"),
+        ("passages", "near", "nll_per_token"),
+    }
+    right = [float(index < 6) for index in range(10)], [float(index < 2) for index in range(10)]
+    assert tests["questions", "forget", "correct"] == mcnemar(*right)
+    assert tests["questions", "forget", "correct"].p == pytest.approx(2 / 16)
+    assert tests["passages", "near", "nll_per_token"] == sign_flip([2.0, 1.0], [1.0, 2.0])
+    assert (overlap.both, overlap.first_only, overlap.second_only) == (12, 1, 0)
+
+
+def test_the_same_run_with_itself(tmp_path):
+    rows = [question(f"q{i}", i < 3, guard) for i in range(4) for guard in ("off", "on")]
+    found, overlaps = compare_runs(write(tmp_path, rows), tmp_path)
+    assert {comparison.guards for comparison in found} == {("off", "off"), ("on", "on")}
+    assert all(comparison.test.p == 1.0 for comparison in found)
+    assert [overlap.both for overlap in overlaps] == [4, 4]
+
+
+def test_two_states_of_one_run(tmp_path):
+    rows = [question(f"q{i}", 1, "off") for i in range(4)]
+    rows += [question(f"q{i}", 0, "on") for i in range(4)]
+    found, _ = compare_runs(write(tmp_path, rows), tmp_path, guards=("off", "on"))
+    [correct] = [comparison for comparison in found if comparison.metric == "correct"]
+    assert (correct.guards, correct.test.difference) == (("off", "on"), -1.0)
+
+
+def test_an_item_without_a_value_leaves_that_metric(tmp_path):
+    first = write(tmp_path / "a", [question("x", 1), question("y", 1, margin=float("nan"))])
+    found, [overlap] = compare_runs(first, first)
+    assert {comparison.metric: comparison.test.n for comparison in found} == {
+        "correct": 2,
+        "margin": 1,
+    }
+    assert overlap.both == 2
+
+
+def test_runs_that_share_nothing(tmp_path):
+    first = write(tmp_path / "a", [question("x", 1)])
+    with pytest.raises(UserError, match=r"got 1 and 2 of which none is the same"):
+        compare_runs(first, write(tmp_path / "b", [question("y", 1), question("z", 1)]))
+    with pytest.raises(UserError, match=r"got \['on'\] in .* \['none'\] in .*--guard_a"):
+        compare_runs(first, write(tmp_path / "c", [question("x", 1, "none")]))
+    with pytest.raises(UserError, match="states of the guard"):
+        compare_runs(first, first, guards=("on", "off"))
+
+
+def test_items_that_cannot_be_told_apart(tmp_path):
+    with pytest.raises(UserError, match="twice"):
+        read_items(write(tmp_path / "a", [question("x", 1), question("x", 0)]))
+    with pytest.raises(UserError, match="must have a key"):
+        read_items(write(tmp_path / "b", [question("", 1)]))
+    with pytest.raises(UserError, match=r"holds no items\.parquet"):
+        read_items(tmp_path / "c")
+
+
+def test_choosing(tmp_path):
+    found, _ = compare_runs(*two_runs(tmp_path))
+    assert [c.metric for c in choose(found, ["correct"], [])] == ["correct"]
+    assert {c.domain for c in choose(found, [], ["near"])} == {"near"}
+    with pytest.raises(UserError, match="--metric must be one of correct, margin, nll_per_token"):
+        choose(found, ["accuracy"], [])
