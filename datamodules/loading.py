@@ -1,31 +1,48 @@
 """Loaders whose batches are formed before anybody asks for ranks."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from datamodules.resumable import ResumableLoader
 from datamodules.samplers import GlobalBatches
+from dsg.collate import (
+    encode_passages,
+    encode_question,
+    passage_collate,
+    prompt_collate,
+    question_collate,
+)
 from dsg.errors import UserError
-from dsg.scoring import Passage, Question, cloze_collate, encode_question, passage_collate
+from dsg.hub import first_line, hub_error, looks_local, parse_name
+from dsg.items import Passage, Prompt, Question
 from dsg.tokens import encode_texts, length_batches
+
+BatchSize = int | Literal["auto"]
 
 
 def load_tokenizer(model_name: str) -> Any:
     """The tokenizer that belongs to a model.
 
+    Args:
+        model_name: Hugging Face folder or hub name, perhaps with `@revision`.
+
     Raises:
-        UserError: There is none.
+        UserError: There is none, or the hub refuses it.
     """
+    name, revision = parse_name(model_name)
     try:
-        return AutoTokenizer.from_pretrained(model_name)
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        if not looks_local(name):
+            raise hub_error("model_name", "model", model_name, error) from error
         raise UserError(
             f"`model_name` must be a Hugging Face folder or hub name with a tokenizer, got "
-            f"{model_name!r} ({reason}); check the spelling and that you may read it."
+            f"{model_name!r} ({first_line(error)}); check the spelling and that you may read it."
         ) from error
 
 
@@ -57,23 +74,53 @@ def batch_loader(
 
 
 def question_loader(
-    tokenizer: Any, questions: Sequence[Question], batch_size: int, trainer: Any
+    tokenizer: Any, questions: Sequence[Question], batch_size: BatchSize, trainer: Any
 ) -> DataLoader:
     """Each question exactly once, those of similar length together."""
     lengths = [max(map(len, encode_question(tokenizer, q)[1])) for q in questions]
-    batches = length_batches(lengths, batch_size)
-    return batch_loader(questions, batches, trainer, cloze_collate(tokenizer), keep_rest=True)
+    kinds = [(question.protocol, len(question.options)) for question in questions]
+    batches = _batches_of_kinds(kinds, lengths, batch_size)
+    return batch_loader(questions, batches, trainer, question_collate(tokenizer), keep_rest=True)
 
 
 def passage_loader(
     tokenizer: Any,
     passages: Sequence[Passage],
-    batch_size: int,
+    batch_size: BatchSize,
     trainer: Any,
     max_length: int | None = None,
 ) -> DataLoader:
     """Each passage exactly once, those of similar length together."""
-    lengths = [len(ids) for ids in encode_texts(tokenizer, [p.text for p in passages], max_length)]
-    batches = length_batches(lengths, batch_size)
+    encoded = encode_passages(tokenizer, passages, max_length)
+    batches = _batches_of_kinds(
+        [num_context > 0 for num_context, _ in encoded],
+        [len(ids) for _, ids in encoded],
+        batch_size,
+    )
     collate = passage_collate(tokenizer, max_length)
     return batch_loader(passages, batches, trainer, collate, keep_rest=True)
+
+
+def prompt_loader(
+    tokenizer: Any, prompts: Sequence[Prompt], batch_size: BatchSize, trainer: Any
+) -> DataLoader:
+    """Each prompt exactly once, those of similar length together."""
+    encoded = encode_texts(tokenizer, [prompt.text for prompt in prompts], None)
+    lengths = [len(ids) + p.max_new_tokens for ids, p in zip(encoded, prompts, strict=True)]
+    kinds = [(prompt.max_new_tokens, prompt.stop) for prompt in prompts]
+    batches = _batches_of_kinds(kinds, lengths, batch_size)
+    return batch_loader(prompts, batches, trainer, prompt_collate(tokenizer), keep_rest=True)
+
+
+def _batches_of_kinds(
+    kinds: Sequence[Hashable], lengths: Sequence[int], batch_size: BatchSize
+) -> list[list[int]]:
+    """Batches of similar length in which all items are of one kind."""
+    members: dict[Hashable, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(place)
+    return [
+        [places[index] for index in batch]
+        for places in members.values()
+        for batch in length_batches([lengths[place] for place in places], batch_size)
+    ]

@@ -16,7 +16,7 @@ from datamodules.loading import batch_loader, load_tokenizer, passage_loader
 from datamodules.pretraining import pack, train_tokenizer
 from datamodules.text_files import read_uses
 from dsg.errors import UserError
-from dsg.scoring import Passage, Question
+from dsg.items import Passage, Question
 from dsg.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
 
 Split = Literal["validation", "test"]

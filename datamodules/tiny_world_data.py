@@ -21,7 +21,7 @@ from datamodules.tiny_world_loaders import (
 from datamodules.tiny_world_texts import TinyWorldTexts
 from datamodules.tiny_world_words import FORGET_DOMAINS
 from dsg.errors import UserError
-from dsg.scoring import Passage, Question
+from dsg.items import Passage, Question
 from dsg.splits import describe_texts
 from dsg.tokens import encode_texts
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from datamodules.tiny_world import Split, World
 from datamodules.tiny_world_words import FORGET_DOMAINS, NEAR_DOMAIN, RETAIN_DOMAINS
 from dsg.errors import UserError
-from dsg.scoring import Passage, Question
+from dsg.items import Passage, Question
 
 NUM_SELECTION_DOCUMENTS = 400
 NUM_CALIBRATION_TEXTS = 300

@@ -90,14 +90,21 @@ def greedy_continuation(
     inner: Any = unwrap(model)
     prompts = prompts.to(inner.device)
     with guard.attached(inner, decision="prompt") if guard else nullcontext():
-        output = inner.generate(
-            **prompts.model_inputs(),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=pad_id,
-        )
+        return generate_greedily(inner, prompts, new_tokens, pad_id)
+
+
+def generate_greedily(
+    model: Any, prompts: TokenBatch, new_tokens: int, pad_id: int
+) -> Int[Tensor, "batch new"]:
+    """`greedy_continuation` of an unwrapped model, under whatever guard is attached to it."""
+    output = model.generate(
+        **prompts.model_inputs(),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        pad_token_id=pad_id,
+    )
     return output[:, prompts.input_ids.shape[1] :]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dsg.evaluation import Measurement
 from dsg.hooks import read_activations
-from dsg.scoring import Passage, PassageBatch
+from dsg.items import Passage, PassageBatch
 
 DRIFT_COLUMNS = ("cosine_sum", "norm_ratio_sum", "num_tokens")
 
@@ -53,7 +53,7 @@ class Drift:
     def _read(self, model: nn.Module, batch: PassageBatch) -> dict[int, Tensor]:
         acts = read_activations(model, self.hook_point, batch.tokens).float().cpu()
         masks = batch.tokens.token_mask.cpu()
-        ids = batch.passage_ids.tolist()
+        ids = batch.ids.tolist()
         return {id: row[mask] for id, row, mask in zip(ids, acts, masks, strict=True)}
 
 

@@ -161,6 +161,38 @@ def rouge_l(prediction: str, reference: str) -> float:
     return _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
 
 
+def rouge_l_recall(prediction: str, reference: str) -> float:
+    """ROUGE-L recall in [0, 1], without stemming (as in TOFU)."""
+    return _rouge_scorer().score(reference, prediction)["rougeL"].recall
+
+
+def bootstrap_mean(values: Sequence[float], num_resamples: int = 1000, seed: int = 0) -> Estimate:
+    """Mean over items with a percentile-bootstrap interval; no interval for one item.
+
+    Args:
+        values: One number per item.
+        num_resamples: Bootstrap resamples of the items.
+        seed: Of the bootstrap, so that the interval is the same in every run.
+
+    Raises:
+        UserError: There is no value.
+    """
+    numbers = np.asarray(values, np.float64)
+    if numbers.size == 0:
+        raise UserError("`values` must hold at least one number, got none; check the items.")
+    mean = math.fsum(values) / numbers.size
+    if numbers.size == 1:
+        return Estimate(mean, 1, None, None)
+    generator = np.random.default_rng(seed)
+    # Row by row, so that a large benchmark needs no matrix of all resamples.
+    means = [
+        numbers[generator.integers(numbers.size, size=numbers.size)].mean()
+        for _ in range(num_resamples)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(mean, numbers.size, float(low), float(high))
+
+
 def mean_interval(values: Sequence[float]) -> Estimate:
     """Mean over independent runs (seeds) with Student's t interval; no interval for one run.
 

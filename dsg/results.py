@@ -40,6 +40,7 @@ KEYS = (
 )
 
 RESULTS_FILE = "results.jsonl"
+ITEMS_FILE = "items.parquet"
 FACTS_FILE = "run.json"
 
 _MEASURED = ("value", "low", "high")

@@ -1,188 +1,49 @@
-"""What one evaluation item is and how it is scored: cloze questions and passages.
+"""Scores items with or without a guard: questions, passages and continued prompts.
 
-A cloze question is answered by the option whose tokens have the highest mean log-probability after
-the prompt. A guard decides once per question, on the prompt alone, for all of its options.
+A guard decides once per question, on the prompt alone, for all of its options.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsg.errors import UserError
 from dsg.forward import guarded
 from dsg.guard import Guard
 from dsg.hooks import unwrap
+from dsg.items import AnyBatch, PassageBatch, QuestionBatch
 from dsg.stack import GuardStack
-from dsg.tokens import TokenBatch, encode_texts, pad_sequences, padding_id, uncounted_token_ids
+from dsg.tokens import TokenBatch
 
-QUESTION_COLUMNS = ("correct", "correct_probability", "margin", "triggered", "density")
-PASSAGE_COLUMNS = ("nll_sum", "num_tokens", "triggered", "density")
+AnyGuard = Guard | GuardStack
+Values = dict[str, Float[Tensor, " b"]]
 
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice question without letters.
-
-    Attributes:
-        id: Unique among the questions that are scored together.
-        domain: Name under which it is reported, such as `forget` or `retain`.
-        form: `statement` or `question`.
-        prompt: Text before the option.
-        options: Continuations, each beginning with the separator it needs (`" Vexin"`).
-        answer: Index of the right option.
-        shown: Whether an attacker's data states the fact; `None` where there is no attacker.
-    """
-
-    id: int
-    domain: str
-    form: str
-    prompt: str
-    options: tuple[str, ...]
-    answer: int
-    shown: bool | None = None
+PASSAGE_COLUMNS = ("nll_sum", "num_tokens", "min_k", "triggered", "density")
+_QUESTION_COLUMNS = (
+    *("correct", "correct_plain", "correct_chars", "correct_probability", "margin", "chosen"),
+    *("triggered", "density"),
+)
+MIN_K_SHARE = 0.4
 
 
-@dataclass(frozen=True)
-class Passage:
-    """A text whose perplexity is measured; the attributes are those of `Question`."""
-
-    id: int
-    domain: str
-    text: str
-    shown: bool | None = None
-
-
-@dataclass(frozen=True)
-class ClozeBatch:
-    """Questions of one batch; the options of a question lie in adjacent rows.
-
-    Attributes:
-        prompts: One row per question, padded on the left, `[b, seq]`.
-        options: One row per option, padded on the right, `[b * num_options, tokens]`.
-        question_ids: `[b]`.
-        answers: Index of the right option, `[b]`.
-        num_options: Options per question.
-    """
-
-    prompts: TokenBatch
-    options: TokenBatch
-    question_ids: Int[Tensor, " b"]
-    answers: Int[Tensor, " b"]
-    num_options: int
-
-    @property
-    def ids(self) -> Int[Tensor, " b"]:
-        """Sample ids, under the name that all batches share."""
-        return self.question_ids
-
-    def to(self, device: torch.device | str) -> "ClozeBatch":
-        """The same batch on `device`."""
-        moved = ("prompts", "options", "question_ids", "answers")
-        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
-
-
-@dataclass(frozen=True)
-class PassageBatch:
-    """Passages of one batch, padded on the right: `tokens` `[b, seq]`, `passage_ids` `[b]`."""
-
-    tokens: TokenBatch
-    passage_ids: Int[Tensor, " b"]
-
-    @property
-    def ids(self) -> Int[Tensor, " b"]:
-        """Sample ids, under the name that all batches share."""
-        return self.passage_ids
-
-    def to(self, device: torch.device | str) -> "PassageBatch":
-        """The same batch on `device`."""
-        return PassageBatch(self.tokens.to(device), self.passage_ids.to(device))
-
-
-def cloze_collate(tokenizer: Any) -> Callable[[Sequence[Question]], ClozeBatch]:
-    """Make the function that turns questions with equally many options into a batch."""
-    uncounted_ids = uncounted_token_ids(tokenizer)
-    pad_id = padding_id(tokenizer)
-    # Every evaluation of a run scores the same questions again.
-    encoded: dict[Question, tuple[int, list[list[int]]]] = {}
-
-    def collate(questions: Sequence[Question]) -> ClozeBatch:
-        for question in questions:
-            if question not in encoded:
-                encoded[question] = encode_question(tokenizer, question)
-        num_options = len(questions[0].options)
-        if any(len(question.options) != num_options for question in questions):
-            counts = sorted({len(question.options) for question in questions})
-            raise UserError(
-                f"`questions` of one batch must have equally many options, got {counts}; "
-                "batch them apart."
-            )
-        prompts, options = [], []
-        for question in questions:
-            num_prompt, rows = encoded[question]
-            prompts.append(rows[0][:num_prompt])
-            options += [row[num_prompt:] for row in rows]
-        return ClozeBatch(
-            # On the left, so that an option follows its prompt without a gap.
-            prompts=pad_sequences(prompts, pad_id, uncounted_ids, side="left"),
-            options=pad_sequences(options, pad_id, uncounted_ids),
-            question_ids=torch.tensor([question.id for question in questions]),
-            answers=torch.tensor([question.answer for question in questions]),
-            num_options=num_options,
-        )
-
-    return collate
-
-
-def passage_collate(
-    tokenizer: Any, max_length: int | None = None
-) -> Callable[[Sequence[Passage]], PassageBatch]:
-    """Make the function that turns passages, cut to `max_length` tokens, into a batch."""
-    uncounted_ids = uncounted_token_ids(tokenizer)
-    pad_id = padding_id(tokenizer)
-
-    def collate(passages: Sequence[Passage]) -> PassageBatch:
-        rows = encode_texts(tokenizer, [passage.text for passage in passages], max_length)
-        return PassageBatch(
-            tokens=pad_sequences(rows, pad_id, uncounted_ids),
-            passage_ids=torch.tensor([passage.id for passage in passages]),
-        )
-
-    return collate
-
-
-def encode_question(tokenizer: Any, question: Question) -> tuple[int, list[list[int]]]:
-    """Tokens of a question's prompt with each of its options.
-
-    Prompt and option are tokenized as one text, because a tokenizer may merge across the boundary.
-    What the prompt and all the options then share is the prompt.
-
-    Returns:
-        Number of prompt tokens, and one token list per option.
-
-    Raises:
-        UserError: An option adds no token to the prompt.
-    """
-    texts = [question.prompt, *(question.prompt + option for option in question.options)]
-    prompt, *rows = encode_texts(tokenizer, texts, None)
-    num_prompt = min(_shared_prefix(prompt, row) for row in rows)
-    if any(len(row) <= num_prompt for row in rows) or num_prompt == 0:
-        raise UserError(
-            f"Question {question.id} needs a prompt and options that each add a token to it, got "
-            f"prompt {question.prompt!r} and options {question.options}; reword it."
-        )
-    return num_prompt, rows
+def question_columns(num_answers: int) -> tuple[str, ...]:
+    """Names of the values of questions with at most as many answers."""
+    places = range(num_answers)
+    return (
+        *_QUESTION_COLUMNS,
+        *(f"log_prob_{place}" for place in places),
+        *(f"num_tokens_{place}" for place in places),
+    )
 
 
 @torch.no_grad()
-def score_cloze(
-    model: nn.Module, batch: ClozeBatch, guard: Guard | GuardStack | None = None
-) -> dict[str, Float[Tensor, " b"]]:
+def score_questions(
+    model: nn.Module, batch: QuestionBatch, guard: AnyGuard | None = None
+) -> Values:
     """Answer the questions of a batch.
 
     Args:
@@ -191,61 +52,117 @@ def score_cloze(
         guard: Attached meanwhile; the prompt's counted tokens decide for all options.
 
     Returns:
-        Per question, in float64: `correct` (0 or 1; a tie goes to the lower option),
-        `correct_probability` (softmax of the options' mean log-probabilities), `margin` (mean
-        log-probability of the right option minus that of the best wrong one, in nats), `triggered`
-        and `density` (of the unedited model; NaN without a guard).
+        Per question, in float64. By the rule of the protocol: `correct` (0 or 1; a tie goes to the
+        lower answer), `correct_probability` (softmax over the answers' scores), `margin` (score of
+        the right answer minus that of the best wrong one, in nats) and `chosen`. Whatever the
+        protocol: `correct_plain` (highest log-probability), `correct_chars` (highest
+        log-probability per character), and of each answer i `log_prob_<i>` and `num_tokens_<i>`.
+        `triggered` and `density` are of the unedited model; NaN without a guard.
     """
-    log_probs, triggered, density = _option_log_probs(unwrap(model), batch, guard)
-    mean_log_probs = log_probs.sum(dim=1) / batch.options.token_mask.sum(dim=1)
-    options = mean_log_probs.reshape(-1, batch.num_options)
+    token_log_probs, triggered, density = _option_log_probs(unwrap(model), batch, guard)
+    rows = (len(batch.ids), batch.num_options)
+    log_probs = token_log_probs.sum(dim=1).reshape(rows)
+    tokens = batch.options.token_mask.sum(dim=1).reshape(rows)
+    chars = batch.option_chars.reshape(rows)
+    if batch.protocol == "dsg":
+        # Two spellings of each letter.
+        log_probs = log_probs.unflatten(1, (-1, 2)).amax(dim=2)
+        tokens, chars = tokens[:, ::2], chars[:, ::2]
+    scores = log_probs / tokens if batch.protocol == "cloze" else log_probs
     right = batch.answers[:, None]
-    chosen = options.argmax(dim=1)
-    wrong = options.scatter(1, right, -torch.inf).amax(dim=1)
-    return {
-        "correct": (chosen == batch.answers).double(),
-        "correct_probability": options.softmax(dim=1).gather(1, right)[:, 0],
-        "margin": options.gather(1, right)[:, 0] - wrong,
-        "triggered": triggered.double(),
-        "density": density.double(),
+    wrong = scores.scatter(1, right, -torch.inf).amax(dim=1)
+    chosen = scores.argmax(dim=1)
+    by_answer = {f"log_prob_{place}": log_probs[:, place] for place in range(log_probs.shape[1])}
+    by_answer |= {f"num_tokens_{place}": tokens[:, place] for place in range(tokens.shape[1])}
+    found = {
+        "correct": chosen == batch.answers,
+        "correct_plain": log_probs.argmax(dim=1) == batch.answers,
+        "correct_chars": (log_probs / chars).argmax(dim=1) == batch.answers,
+        "correct_probability": scores.softmax(dim=1).gather(1, right)[:, 0],
+        "margin": scores.gather(1, right)[:, 0] - wrong,
+        "chosen": chosen,
+        "triggered": triggered,
+        "density": density,
     }
+    return {name: values.double() for name, values in (found | by_answer).items()}
 
 
 @torch.no_grad()
-def score_passages(
-    model: nn.Module, batch: PassageBatch, guard: Guard | GuardStack | None = None
-) -> dict[str, Float[Tensor, " b"]]:
+def score_passages(model: nn.Module, batch: PassageBatch, guard: AnyGuard | None = None) -> Values:
     """Next-token loss of the passages of a batch.
 
     Args:
         model: The causal LM, wrapped or not.
         batch: Passages, on the model's device.
-        guard: Attached meanwhile; the whole passage decides.
+        guard: Attached meanwhile. The whole passage decides; where there is a context, that is the
+            prompt and the passage its continuation.
 
     Returns:
-        Per passage, in float64: `nll_sum` (nats, over the counted tokens after the first),
-        `num_tokens` (how many those are), `triggered` and `density` (NaN without a guard).
+        Per passage, in float64: `nll_sum` (nats, over the counted tokens after the first and after
+        the context), `num_tokens` (how many those are), `min_k` (mean log-probability of the 40 %
+        least probable ones, rounded down but at least one: Min-K %, Shi et al. 2024; NaN where
+        there is no token), `triggered` and `density` (NaN without a guard).
     """
     inner, tokens = unwrap(model), batch.tokens
-    with guarded(inner, guard, decision="sequence") as forward:
-        logits = forward(tokens, use_cache=False).logits
+    places = torch.arange(tokens.input_ids.shape[1], device=tokens.input_ids.device)
+    in_context = places < batch.context_lengths[:, None]
+    has_context = bool(in_context.any())
+    masks = {"prompt_mask": in_context} if has_context and guard is not None else {}
+    decision = "prompt" if has_context else "sequence"
+    with guarded(inner, guard, decision=decision) as forward:
+        logits = forward(tokens, use_cache=False, **masks).logits
         triggered, density = forward.decision(len(tokens.input_ids))
-    scored = batch.tokens.token_mask[:, 1:]
-    sums = [
+    scored = (tokens.token_mask & ~in_context)[:, 1:]
+    losses = [
         # Row by row, so that only one row's logits are ever copied to float32.
-        F.cross_entropy(row[:-1][keep].float(), ids[1:][keep], reduction="none").double().sum()
-        for row, ids, keep in zip(logits, batch.tokens.input_ids, scored, strict=True)
+        F.cross_entropy(row[:-1][keep].float(), ids[1:][keep], reduction="none").double()
+        for row, ids, keep in zip(logits, tokens.input_ids, scored, strict=True)
     ]
     return {
-        "nll_sum": torch.stack(sums),
+        "nll_sum": torch.stack([row.sum() for row in losses]),
         "num_tokens": scored.sum(dim=1).double(),
+        "min_k": torch.stack([_min_k(row) for row in losses]),
         "triggered": triggered.double(),
         "density": density.double(),
     }
 
 
+def halving(
+    score: Callable[[nn.Module, Any, AnyGuard | None], Values],
+) -> Callable[[nn.Module, Any, AnyGuard | None], Values]:
+    """Make a scoring function that tries again with half the batch when memory runs out.
+
+    Items do not depend on their batch, so the values are the same but for the order in which sums
+    of floating-point numbers are taken.
+    """
+
+    def score_or_halve(model: nn.Module, batch: AnyBatch, guard: AnyGuard | None = None) -> Values:
+        try:
+            return score(model, batch, guard)
+        except torch.OutOfMemoryError:
+            if len(batch.ids) == 1:
+                raise
+        # Outside of the handler, whose traceback keeps the tensors of the first attempt alive.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(batch.ids) // 2
+        parts = [
+            score_or_halve(model, batch[half], guard)
+            for half in (slice(middle), slice(middle, None))
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return score_or_halve
+
+
+def _min_k(losses: Float[Tensor, " tokens"]) -> Float[Tensor, ""]:
+    if len(losses) == 0:
+        return losses.new_full((), torch.nan)
+    return -losses.topk(max(1, int(MIN_K_SHARE * len(losses)))).values.mean()
+
+
 def _option_log_probs(
-    model: PreTrainedModel, batch: ClozeBatch, guard: Guard | GuardStack | None
+    model: PreTrainedModel, batch: QuestionBatch, guard: AnyGuard | None
 ) -> tuple[Float[Tensor, "rows tokens"], Tensor, Tensor]:
     """Log-probability of each option token, 0 for padding, and the guard's decision per prompt.
 
@@ -283,8 +200,3 @@ def _option_log_probs(
     losses = F.cross_entropy(logits[scored].float(), options.input_ids[scored], reduction="none")
     log_probs[scored] = -losses.double()
     return log_probs, triggered, density
-
-
-def _shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))

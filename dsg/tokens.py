@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg.errors import UserError
 
+AUTO_TOKENS = 16_384  # of a batch whose size is found automatically
 _UNCOUNTED_ROLES = ("pad", "bos", "eos", "sep", "cls", "mask")
 
 
@@ -82,6 +83,10 @@ class TokenBatch:
             self.input_ids.to(device), self.attention_mask.to(device), self.token_mask.to(device)
         )
 
+    def __getitem__(self, rows: slice) -> "TokenBatch":
+        """Some of the sequences, still padded to the same length."""
+        return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.token_mask[rows])
+
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a Hugging Face forward pass."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -151,12 +156,13 @@ def pad_sequences(
     return TokenBatch(input_ids, attention_mask, token_mask)
 
 
-def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], batch_size: int | Literal["auto"]) -> list[list[int]]:
     """Groups sample indices into batches of similar length, the same on every rank.
 
     Args:
         lengths: Tokens per sample.
-        batch_size: Largest number of samples per batch.
+        batch_size: Largest number of samples per batch; `auto` fills each batch up to
+            `AUTO_TOKENS` tokens, padding included.
 
     Returns:
         Batches of indices into `lengths`, ordered by (length, index).
@@ -164,10 +170,19 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     Raises:
         UserError: If `batch_size` is below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"`batch_size` must be at least 1, got {batch_size}; raise it.")
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if batch_size != "auto":
+        if batch_size < 1:
+            raise UserError(f"`batch_size` must be at least 1, got {batch_size}; raise it.")
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    for index in order:
+        # The newest sample is the longest: the others are padded to it.
+        if batches and lengths[index] * (len(batches[-1]) + 1) <= AUTO_TOKENS:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,8 +6,8 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.guard import Guard
+from dsg.items import AnyBatch
 from dsg.recipes import GuardSettings
-from dsg.scoring import ClozeBatch, PassageBatch
 from lightning_modules.guards import make_guard
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels, Measurer
@@ -70,15 +70,13 @@ class EvaluationModule(lightning.LightningModule):
         self._start("test")
 
     def validation_step(
-        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
+        self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx
         self._step(batch)
 
-    def test_step(
-        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def test_step(self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx
         self._step(batch)
@@ -96,7 +94,7 @@ class EvaluationModule(lightning.LightningModule):
         self.measurer.baseline = None
         self.measurer.start(data, split, self.guard, self.base_model)
 
-    def _step(self, batch: ClozeBatch | PassageBatch | None) -> None:
+    def _step(self, batch: AnyBatch | None) -> None:
         assert self.model is not None
         self.measurer.update(self.model, batch, self.guard)
 
@@ -109,3 +107,4 @@ class EvaluationModule(lightning.LightningModule):
             seed=self.seed,
         )
         self.measurer.finish(self.trainer, labels, stage=stage)
+        self.measurer.write_items(self.trainer)

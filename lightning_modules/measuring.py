@@ -8,25 +8,23 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from dsg.answering import said_text
 from dsg.drift import DRIFT_COLUMNS, Drift, measure_drift
 from dsg.errors import UserError
-from dsg.evaluation import Measurement, PerSample, columns_of, score, summarise
-from dsg.guard import Guard
+from dsg.evaluation import Measurement, in_id_order, summarise
+from dsg.item_scores import item_rows, write_items
+from dsg.items import AnyBatch, Item, PassageBatch, Prompt, PromptBatch, QuestionBatch
+from dsg.per_sample import PerSample, columns_of, score
 from dsg.results import row, write_results
-from dsg.scoring import (
-    PASSAGE_COLUMNS,
-    QUESTION_COLUMNS,
-    ClozeBatch,
-    Passage,
-    PassageBatch,
-    Question,
-)
-from dsg.stack import GuardStack
+from dsg.scoring import AnyGuard, Values
 from lightning_modules.protocols import Split
 
-AnyGuard = Guard | GuardStack
-Values = dict[str, Tensor]
-
+_KINDS = ("questions", "passages", "prompts")
+_KIND_OF: dict[type, str] = {
+    QuestionBatch: "questions",
+    PassageBatch: "passages",
+    PromptBatch: "prompts",
+}
 _ON_PASSAGES_ONLY = ("perplexity", "drift_cosine", "drift_norm_ratio")
 
 
@@ -59,22 +57,24 @@ class Measurer:
     Attributes:
         rows: Result rows of all finished evaluations.
         baseline: Question values of the base model, for the alignment score.
-        samples: Per-sample values of the last evaluation in the order of the sample ids, under
-            the guard's state (`none`, `off`, `on`, or the name of a further guard) and the protocol
-            (`cloze`, `passages`).
+        items: What the last evaluation was about, in the order of the ids.
+        samples: Per-sample values of the last evaluation in the same order, under the guard's state
+            (`none`, `off`, `on`, or the name of a further guard) and the kind of item.
     """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.items: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
         self.samples: dict[tuple[str, str], Values] = {}
         self.baseline: Values | None = None
-        self._questions: Sequence[Question] = ()
-        self._passages: Sequence[Passage] = ()
+        self._data: Any = None
         self._split: Split = "validation"
         self._base_model: nn.Module | None = None
         self._further: dict[str, AnyGuard] = {}
         self._drift: Drift | None = None
-        self._metrics: dict[tuple[str, tuple[str, ...]], PerSample] = {}
+        self._metrics: dict[tuple[str, str], PerSample] = {}
+        self._drift_metric: PerSample | None = None
+        self._generated: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def start(
         self,
@@ -90,7 +90,7 @@ class Measurer:
 
         Args:
             data: An `EvaluationData`.
-            split: Which questions and passages the batches will hold.
+            split: Which questions, passages and prompts the batches will hold.
             guard: What will be attached.
             base_model: Scored as well, as the baseline of the alignment score. Without it the
                 first unguarded values that were ever measured are the baseline.
@@ -98,50 +98,54 @@ class Measurer:
                 of its rows.
             drift: What the model's activations are compared with; None measures no drift.
         """
+        self._data, self._split = data, split
+        self._base_model = base_model
         self._further = dict(further or {})
         self._drift = drift
-        self._base_model = base_model
-        self._questions, self._passages = data.questions(split), data.passages(split)
-        self._split = split
-        sizes = {QUESTION_COLUMNS: len(self._questions), PASSAGE_COLUMNS: len(self._passages)}
+        prompts: Sequence[Prompt] = data.prompts(split) if hasattr(data, "prompts") else ()
+        items: tuple[Sequence[Item], ...] = (data.questions(split), data.passages(split), prompts)
+        self.items = {kind: in_id_order(of) for kind, of in zip(_KINDS, items, strict=True)}
+        states = (*(("none",) if guard is None else ("off", "on")), *self._further)
         self._metrics = {
-            (state, columns): PerSample(columns, expected)
-            for state in (*(("none",) if guard is None else ("off", "on")), *self._further)
-            for columns, expected in sizes.items()
+            (state, kind): PerSample(columns_of(of), len(of))
+            for state in states
+            for kind, of in self.items.items()
         }
+        self._generated = {state: [] for state in states}
         if base_model is not None:
-            self._metrics["base", QUESTION_COLUMNS] = PerSample(
-                QUESTION_COLUMNS, len(self._questions)
-            )
+            questions = self.items["questions"]
+            self._metrics["base", "questions"] = PerSample(columns_of(questions), len(questions))
         if drift is not None:
-            self._metrics["drift", DRIFT_COLUMNS] = PerSample(DRIFT_COLUMNS, len(self._passages))
+            self._drift_metric = PerSample(DRIFT_COLUMNS, len(self.items["passages"]))
 
-    def update(
-        self, model: nn.Module, batch: ClozeBatch | PassageBatch | None, guard: AnyGuard | None
-    ) -> None:
+    def update(self, model: nn.Module, batch: AnyBatch | None, guard: AnyGuard | None) -> None:
         """Score a batch: once without a guard, else with the guard off and on."""
         if batch is None:
             return
-        columns = columns_of(batch)
-        if self._base_model is not None and isinstance(batch, ClozeBatch):
-            self._metrics["base", columns].update(batch.ids, score(self._base_model, batch))
+        if self._base_model is not None and isinstance(batch, QuestionBatch):
+            self._record("base", batch, score(self._base_model, batch))
         if self._drift is not None and isinstance(batch, PassageBatch):
-            moved = self._drift.values(model, batch)
-            self._metrics["drift", DRIFT_COLUMNS].update(batch.ids, moved)
+            assert self._drift_metric is not None
+            self._drift_metric.update(batch.ids, self._drift.values(model, batch))
         for name, other in self._further.items():
-            self._metrics[name, columns].update(batch.ids, score(model, batch, other))
+            self._record(name, batch, score(model, batch, other))
         if guard is None:
-            self._metrics["none", columns].update(batch.ids, score(model, batch))
+            self._record("none", batch, score(model, batch))
             return
         on = score(model, batch, guard)
-        self._metrics["on", columns].update(batch.ids, on)
+        self._record("on", batch, on)
         if on["triggered"].any():
             off = score(model, batch)
         else:
             # An untriggered sequence is bit-identical to the plain model.
             unknown = torch.full_like(on["density"], torch.nan)
             off = {**on, "triggered": unknown, "density": unknown}
-        self._metrics["off", columns].update(batch.ids, off)
+        self._record("off", batch, off)
+
+    def _record(self, state: str, batch: AnyBatch, values: Values) -> None:
+        self._metrics[state, _KIND_OF[type(batch)]].update(batch.ids, values)
+        if isinstance(batch, PromptBatch):
+            self._generated[state].append((batch.ids.cpu(), values["generated"].cpu()))
 
     def finish(
         self,
@@ -162,27 +166,19 @@ class Measurer:
             return
         values = {key: metric.by_id() for key, metric in self._metrics.items()}
         known = ("none", "off", "on", *self._further)
-        states = [state for state in known if (state, QUESTION_COLUMNS) in values]
-        if ("base", QUESTION_COLUMNS) in values:
-            self.baseline = values["base", QUESTION_COLUMNS]
+        states = [state for state in known if (state, "questions") in values]
+        if ("base", "questions") in values:
+            self.baseline = values["base", "questions"]
         elif self.baseline is None:
-            self.baseline = values[states[0], QUESTION_COLUMNS]
+            self.baseline = values[states[0], "questions"]
         logged: dict[str, float] = {}
         for state in states:
-            question_values = values[state, QUESTION_COLUMNS]
-            passage_values = values[state, PASSAGE_COLUMNS]
-            self.samples[state, "cloze"] = question_values
-            self.samples[state, "passages"] = passage_values
-            measurements = summarise(
-                self._questions,
-                question_values,
-                self._passages,
-                passage_values,
-                baseline=self.baseline,
-                forget_domains=forget_domains,
-            )
-            if state in ("none", "off") and self._drift is not None:
-                measurements += measure_drift(self._passages, values["drift", DRIFT_COLUMNS])
+            samples = {kind: values[state, kind] for kind in _KINDS}
+            self.samples |= {(state, kind): of for kind, of in samples.items()}
+            measurements = self._measure(samples, forget_domains)
+            if state in ("none", "off") and self._drift_metric is not None:
+                moved = self._drift_metric.by_id()
+                measurements += measure_drift(self.items["passages"], moved)
             logged |= {metric_key(found, stage, state): found.value for found in measurements}
             columns = vars(labels)
             if state in self._further:
@@ -203,6 +199,50 @@ class Measurer:
             logger.log_metrics(logged, step=None if epoch is None else int(epoch))
         if trainer.is_global_zero:
             write_results(trainer.default_root_dir, self.rows)
+
+    def _measure(
+        self, samples: dict[str, Values], forget_domains: Sequence[str]
+    ) -> list[Measurement]:
+        measurements = summarise(
+            self.items["questions"],
+            samples["questions"],
+            self.items["passages"],
+            samples["passages"],
+            baseline=self.baseline,
+            forget_domains=forget_domains,
+            prompts=self.items["prompts"],
+            prompt_values=samples["prompts"],
+        )
+        if hasattr(self._data, "measure"):
+            measurements += self._data.measure(self._split, samples)
+        return measurements
+
+    def write_items(self, trainer: lightning.Trainer) -> None:
+        """Write the values of every item of the last evaluation, and what was generated."""
+        rows = []
+        for (state, kind), values in self.samples.items():
+            texts = self._texts(state) if kind == "prompts" else None
+            rows += item_rows(state, kind, self.items[kind], values, texts)
+        if trainer.is_global_zero:
+            write_items(trainer.default_root_dir, rows)
+
+    def _texts(self, state: str) -> list[str]:
+        """What was generated in the last evaluation, in the order of the prompts' ids."""
+        gathered = self._generated[state]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, gathered)
+            gathered = [pair for part in parts for pair in part]
+        by_id = {
+            int(prompt_id): ids
+            for prompt_ids, generated in gathered
+            for prompt_id, ids in zip(prompt_ids, generated, strict=True)
+        }
+        tokenizer = self._data.tokenizer
+        return [
+            said_text(tokenizer, prompt.stop, by_id[prompt.id].tolist())
+            for prompt in self.items["prompts"]
+        ]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs so that a resumed run writes the same results."""

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsg.errors import UserError
-from dsg.scoring import ClozeBatch, Passage, PassageBatch, Question
+from dsg.items import AnyBatch, Passage, Question
 from dsg.splits import TextSource
 from dsg.tokens import TokenBatch
 
@@ -28,6 +28,11 @@ GUARD_DATA = ("tokenizer", "forget_texts", "retain_texts", "calibration_texts", 
 
 class EvaluationData(Protocol):
     """Questions and passages, and the batches that hold each of them exactly once.
+
+    It may also offer `prompts(split) -> Sequence[Prompt]`, texts to be continued, with batches of
+    their own, and `measure(split, samples) -> list[Measurement]`, numbers of a benchmark's own:
+    `samples` holds under `questions`, `passages` and `prompts` the values of one state of the
+    guard, in the order of the ids.
 
     `val_dataloader()` yields the batches of `val_split`, `test_dataloader()` those of
     the `test` split, in any order, from one loader or a list of them.
@@ -48,11 +53,11 @@ class EvaluationData(Protocol):
         """All passages of a split; may be empty."""
         ...
 
-    def val_dataloader(self) -> "Sequence[Sequence[ClozeBatch] | Sequence[PassageBatch]]":
+    def val_dataloader(self) -> Sequence[Sequence[AnyBatch | None]]:
         """Batches of the validation split."""
         ...
 
-    def test_dataloader(self) -> "Sequence[Sequence[ClozeBatch] | Sequence[PassageBatch]]":
+    def test_dataloader(self) -> Sequence[Sequence[AnyBatch | None]]:
         """Batches of the test split."""
         ...
 

@@ -17,8 +17,8 @@ from dsg.errors import UserError
 from dsg.forward import guarded
 from dsg.guard import Guard
 from dsg.hooks import unwrap
+from dsg.items import AnyBatch, PassageBatch
 from dsg.recipes import GuardSettings
-from dsg.scoring import ClozeBatch, PassageBatch
 from dsg.tokens import TokenBatch
 from lightning_modules.distributed import exclude_frozen_from_ddp
 from lightning_modules.guards import make_guard, remaking_settings
@@ -182,7 +182,7 @@ class RelearningModule(lightning.LightningModule):
         )
 
     def validation_step(
-        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
+        self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx

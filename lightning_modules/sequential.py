@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
+from dsg.items import AnyBatch
 from dsg.making import GuardMaker
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import check_positive
 from dsg.recipes import GuardSettings
 from dsg.reference import Reference
-from dsg.scoring import ClozeBatch, PassageBatch
 from dsg.stack import GuardStack
 from dsg.statistics import FeatureStatistics, batch_statistics
 from lightning_modules.distributed import (
@@ -175,7 +175,7 @@ class SequentialModule(lightning.LightningModule):
         self.measurer.start(data, data.val_split, self._stack())
 
     def validation_step(
-        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
+        self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
 from dsg.errors import UserError
+from dsg.items import AnyBatch
 from dsg.objectives.objective import Objective
 from dsg.objectives.ssd import SSD, Importances
 from dsg.objectives.terms import check_positive
 from dsg.reference import Reference
 from dsg.results import read_run_facts, write_run_facts
-from dsg.scoring import ClozeBatch, PassageBatch
 from lightning_modules.distributed import (
     add_tensors_over_ranks,
     exclude_frozen_from_ddp,
@@ -178,7 +178,7 @@ class UnlearningModule(lightning.LightningModule):
             self.objective.finish(self.model)
 
     def validation_step(
-        self, batch: ClozeBatch | PassageBatch | None, batch_idx: int, dataloader_idx: int = 0
+        self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score a batch."""
         del batch_idx, dataloader_idx

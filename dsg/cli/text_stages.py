@@ -16,14 +16,14 @@ from dsg.cli.text_model import TextFiles
 from dsg.cli.trainers import Tracking, make_trainer
 from dsg.cli.tuning import combinations
 from dsg.errors import UserError
-from dsg.evaluation import score_all
 from dsg.guard import Guard
+from dsg.items import Passage
 from dsg.metrics import auroc, mean_interval
+from dsg.per_sample import score_all
 from dsg.recipes import GuardSettings
 from dsg.report.features import describe_features
 from dsg.results import read_results, write_results
 from dsg.sae import load_sae
-from dsg.scoring import Passage
 from dsg.selection import Selection
 from lightning_modules import EvaluationModule, RelearningModule
 from lightning_modules.guards import maker_from

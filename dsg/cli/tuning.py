@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.progress import track
 
-from dsg.evaluation import score_all
 from dsg.grid.choosing import Choice, Try, best
 from dsg.grid.overrides import combinations
 from dsg.guard import Guard
+from dsg.items import Question, QuestionBatch
 from dsg.making import GuardMaker
 from dsg.metrics import alignment
+from dsg.per_sample import score_all
 from dsg.recipes import GuardSettings
-from dsg.scoring import ClozeBatch, Question
 from dsg.statistics import FeatureStatistics
 
 CLAMP_VALUE = -40.0  # about 0.7 of the residual norm; the accuracy hardly moves beyond -20
@@ -65,7 +65,7 @@ class GuardTuner:
         maker: GuardMaker,
         forget: FeatureStatistics,
         questions: Sequence[Question],
-        batches: Sequence[ClozeBatch],
+        batches: Sequence[QuestionBatch],
     ) -> None:
         self._maker = maker
         self._forget = forget

@@ -177,7 +177,7 @@ def evaluate(
     trainer.test(module, datamodule=data, verbose=False)
     if not guarded:
         return {}
-    densities = module.measurer.samples["on", "cloze"]["density"].tolist()
+    densities = module.measurer.samples["on", "questions"]["density"].tolist()
     domains: dict[str, list[float]] = {}
     for question in data.questions("test"):
         domains.setdefault(question.domain, []).append(densities[question.id])

@@ -3,8 +3,8 @@
 import torch
 
 from dsg.guard import Guard
+from dsg.items import Passage, Question
 from dsg.sae import slice_features
-from dsg.scoring import Passage, Question
 from dsg.tokens import padding_id, uncounted_token_ids
 from tests.helpers import HOOK_POINT, standard_sae
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from dsg.collate import passage_collate
 from dsg.drift import Drift, measure_drift
 from dsg.hooks import read_activations
-from dsg.scoring import Passage, passage_collate
+from dsg.items import Passage
 from tests.helpers import HOOK_POINT, tiny_model
 
 PASSAGES = [
@@ -26,7 +27,7 @@ def drift_of(model, changed, batches):
     for batch in batches:
         drift.remember(model, batch)
     values = [drift.values(changed, batch) for batch in batches]
-    ids = torch.cat([batch.passage_ids for batch in batches])
+    ids = torch.cat([batch.ids for batch in batches])
     joined = {name: torch.cat([value[name] for value in values]) for name in values[0]}
     found = measure_drift(PASSAGES, {name: v[ids.argsort()] for name, v in joined.items()})
     return {(m.domain, m.metric): m for m in found}

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsg.calibration import wilson
-from dsg.evaluation import PerSample, score_all, summarise
-from dsg.scoring import Passage, Question, cloze_collate, passage_collate
+from dsg.collate import passage_collate, question_collate
+from dsg.evaluation import summarise
+from dsg.items import Passage, Question
+from dsg.per_sample import PerSample, score_all
 from tests.dsg.scoring_helpers import QUESTIONS, make_passages, tiny_guard
 
 
@@ -157,7 +159,7 @@ def test_nothing_to_score():
 
 
 def test_score_all_is_in_the_order_of_the_ids(model, tokenizer):
-    collate = cloze_collate(tokenizer)
+    collate = question_collate(tokenizer)
     guard = tiny_guard(model, tokenizer, threshold=0.5)
     together = score_all(model, [collate(QUESTIONS)], guard)
     apart = score_all(model, [collate(QUESTIONS[7:]), collate(QUESTIONS[:7])], guard)

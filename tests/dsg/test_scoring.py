@@ -5,16 +5,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dsg.collate import encode_question, passage_collate, question_collate
 from dsg.errors import UserError
-from dsg.scoring import (
-    Passage,
-    Question,
-    cloze_collate,
-    encode_question,
-    passage_collate,
-    score_cloze,
-    score_passages,
-)
+from dsg.items import Passage, Question
+from dsg.scoring import score_passages, score_questions
 from tests.dsg.scoring_helpers import QUESTIONS, tiny_guard
 from tests.helpers import BOS
 
@@ -42,7 +36,7 @@ def reference_scores(model, tokenizer, question: Question) -> list[float]:
 
 
 def test_cloze_scores_match_one_sequence_at_a_time(model, tokenizer):
-    values = score_cloze(model, cloze_collate(tokenizer)(QUESTIONS))
+    values = score_questions(model, question_collate(tokenizer)(QUESTIONS))
     for row, question in enumerate(QUESTIONS):
         scores = reference_scores(model, tokenizer, question)
         right = scores[question.answer]
@@ -59,15 +53,15 @@ def test_cloze_scores_match_one_sequence_at_a_time(model, tokenizer):
 
 
 def test_some_questions_are_right_and_some_wrong(model, tokenizer):
-    correct = score_cloze(model, cloze_collate(tokenizer)(QUESTIONS))["correct"]
+    correct = score_questions(model, question_collate(tokenizer)(QUESTIONS))["correct"]
     assert 0 < correct.sum() < len(QUESTIONS)
 
 
 def test_batching_and_padding_leave_answers_alone(model, tokenizer):
-    collate = cloze_collate(tokenizer)
-    together = score_cloze(model, collate(QUESTIONS))
+    collate = question_collate(tokenizer)
+    together = score_questions(model, collate(QUESTIONS))
     for row, question in enumerate(QUESTIONS):
-        alone = score_cloze(model, collate([question]))
+        alone = score_questions(model, collate([question]))
         for name in ("correct", "correct_probability", "margin"):
             assert alone[name].item() == pytest.approx(together[name][row].item(), abs=1e-5)
 
@@ -87,7 +81,7 @@ def test_passages_are_cut(tokenizer):
 
 def test_the_prompt_alone_decides_for_all_options(model, tokenizer):
     guard = tiny_guard(model, tokenizer, threshold=0.5)
-    values = score_cloze(model, cloze_collate(tokenizer)(QUESTIONS), guard)
+    values = score_questions(model, question_collate(tokenizer)(QUESTIONS), guard)
     for row, question in enumerate(QUESTIONS):
         ids = torch.tensor([tokenizer(question.prompt)["input_ids"]])
         density = guard.density(model, ids).item()
@@ -98,8 +92,8 @@ def test_the_prompt_alone_decides_for_all_options(model, tokenizer):
 
 def test_untriggered_questions_are_bit_identical_and_triggered_ones_change(model, tokenizer):
     guard = tiny_guard(model, tokenizer, threshold=0.5)
-    batch = cloze_collate(tokenizer)(QUESTIONS)
-    on, off = score_cloze(model, batch, guard), score_cloze(model, batch)
+    batch = question_collate(tokenizer)(QUESTIONS)
+    on, off = score_questions(model, batch, guard), score_questions(model, batch)
     same = on["margin"] == off["margin"]
     assert torch.equal(same, on["triggered"] == 0)
 
@@ -136,7 +130,7 @@ def test_the_shared_tokens_are_the_prompt_where_merges_cross_the_border():
 
 def test_collate_parts_prompts_from_options(tokenizer):
     question = Question(7, "retain", "question", "w1 w2", (" w3", " w4 w5"), 1)
-    batch = cloze_collate(tokenizer)([question])
+    batch = question_collate(tokenizer)([question])
     assert batch.prompts.input_ids.tolist() == [[BOS, 5, 6]]
     assert batch.options.input_ids.tolist() == [[7, 0], [8, 9]]
     assert batch.options.token_mask.int().tolist() == [[1, 0], [1, 1]]
@@ -148,7 +142,7 @@ def test_collate_parts_prompts_from_options(tokenizer):
 def test_an_option_without_a_token(tokenizer, option):
     question = Question(3, "retain", "question", "w1", (" w2", option), 0)
     with pytest.raises(UserError, match="Question 3 needs a prompt and options that each add"):
-        cloze_collate(tokenizer)([question])
+        question_collate(tokenizer)([question])
 
 
 def test_questions_with_different_numbers_of_options(tokenizer):
@@ -156,5 +150,5 @@ def test_questions_with_different_numbers_of_options(tokenizer):
         Question(0, "retain", "question", "w1", (" w2", " w3"), 0),
         Question(1, "retain", "question", "w1", (" w2", " w3", " w4"), 0),
     ]
-    with pytest.raises(UserError, match=r"equally many options, got \[2, 3\]"):
-        cloze_collate(tokenizer)(questions)
+    with pytest.raises(UserError, match=r"got \[\('cloze', 2\), \('cloze', 3\)\]"):
+        question_collate(tokenizer)(questions)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from dsg.collate import passage_collate, question_collate
 from dsg.errors import UserError
-from dsg.evaluation import score_all, summarise
+from dsg.evaluation import summarise
+from dsg.per_sample import score_all
 from dsg.results import read_results
-from dsg.scoring import cloze_collate, passage_collate
 from lightning_modules import EvaluationModule
 from tests.helpers import tiny_model, tiny_tokenizer
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer
@@ -31,7 +32,7 @@ def test_rows_are_what_plain_scoring_measures(toy, tmp_path):
     data, model, tokenizer = ToyData(), tiny_model(), tiny_tokenizer()
     questions, passages = data.questions("test"), data.passages("test")
     for state, guard in (("off", None), ("on", module.guard)):
-        values = score_all(model, [cloze_collate(tokenizer)(questions)], guard)
+        values = score_all(model, [question_collate(tokenizer)(questions)], guard)
         passage_values = score_all(model, [passage_collate(tokenizer)(passages)], guard)
         for expected in summarise(questions, values, passages, passage_values):
             row = pick(
@@ -99,7 +100,7 @@ def test_a_changed_model_is_compared_with_its_base(toy, tmp_path):
     )
     make_trainer(tmp_path).test(module, ToyData(), verbose=False)
     questions = ToyData().questions("test")
-    batches = [cloze_collate(tiny_tokenizer())(questions)]
+    batches = [question_collate(tiny_tokenizer())(questions)]
     baseline = score_all(tiny_model(), batches)
     values = score_all(changed, batches)
     expected = summarise(questions, values, [], {}, baseline)

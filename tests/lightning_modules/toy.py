@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 
 from datamodules.resumable import ResumableLoader
 from datamodules.samplers import GlobalBatches
+from dsg.collate import passage_collate, question_collate
+from dsg.items import Passage, Question
 from dsg.recipes import GuardSettings
-from dsg.scoring import Passage, Question, cloze_collate, passage_collate
 from dsg.tokens import TokenBatch, length_batches, pad_sequences, padding_id, uncounted_token_ids
 from tests.dsg.scoring_helpers import make_passages, make_questions
 from tests.helpers import HOOK_POINT, standard_sae, tiny_model, tiny_tokenizer
@@ -131,7 +132,7 @@ class ToyData(lightning.LightningDataModule):
                 items, length_batches([1] * len(items), self.batch_size), make(self.tokenizer)
             )
             for items, make in (
-                (self.questions(split), cloze_collate),
+                (self.questions(split), question_collate),
                 (self.passages(split), passage_collate),
             )
         ]

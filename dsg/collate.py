@@ -1,0 +1,147 @@
+"""Turns items into token batches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dsg.errors import UserError
+from dsg.items import Passage, PassageBatch, Prompt, PromptBatch, Question, QuestionBatch
+from dsg.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
+
+
+def question_collate(tokenizer: Any) -> Callable[[Sequence[Question]], QuestionBatch]:
+    """Make the function that turns questions of one protocol and option count into a batch."""
+    uncounted_ids = uncounted_token_ids(tokenizer)
+    pad_id = padding_id(tokenizer)
+    # Every evaluation of a run scores the same questions again.
+    encoded: dict[Question, tuple[int, list[list[int]]]] = {}
+
+    def collate(questions: Sequence[Question]) -> QuestionBatch:
+        for question in questions:
+            if question not in encoded:
+                encoded[question] = encode_question(tokenizer, question)
+        protocol, num_options = questions[0].protocol, len(questions[0].options)
+        kinds = {(question.protocol, len(question.options)) for question in questions}
+        if len(kinds) != 1:
+            raise UserError(
+                "`questions` of one batch must have the same protocol and equally many options, "
+                f"got {sorted(kinds)}; batch them apart."
+            )
+        prompts, options = [], []
+        for question in questions:
+            num_prompt, rows = encoded[question]
+            prompts.append(rows[0][:num_prompt])
+            options += [row[num_prompt:] for row in rows]
+        chars = [len(option.lstrip()) for question in questions for option in question.options]
+        return QuestionBatch(
+            # On the left, so that an option follows its prompt without a gap.
+            prompts=pad_sequences(prompts, pad_id, uncounted_ids, side="left"),
+            options=pad_sequences(options, pad_id, uncounted_ids),
+            ids=torch.tensor([question.id for question in questions]),
+            answers=torch.tensor([question.answer for question in questions]),
+            num_options=num_options,
+            option_chars=torch.tensor(chars),
+            protocol=protocol,
+        )
+
+    return collate
+
+
+def passage_collate(
+    tokenizer: Any, max_length: int | None = None
+) -> Callable[[Sequence[Passage]], PassageBatch]:
+    """Make the function that turns passages, cut to `max_length` tokens, into a batch."""
+    uncounted_ids = uncounted_token_ids(tokenizer)
+    pad_id = padding_id(tokenizer)
+
+    def collate(passages: Sequence[Passage]) -> PassageBatch:
+        encoded = encode_passages(tokenizer, passages, max_length)
+        return PassageBatch(
+            tokens=pad_sequences([ids for _, ids in encoded], pad_id, uncounted_ids),
+            ids=torch.tensor([passage.id for passage in passages]),
+            context_lengths=torch.tensor([length for length, _ in encoded]),
+        )
+
+    return collate
+
+
+def prompt_collate(tokenizer: Any) -> Callable[[Sequence[Prompt]], PromptBatch]:
+    """Make the function that turns prompts with the same limits into a batch."""
+    uncounted_ids = uncounted_token_ids(tokenizer)
+    pad_id = padding_id(tokenizer)
+
+    def collate(prompts: Sequence[Prompt]) -> PromptBatch:
+        [(max_new_tokens, stop)] = {(prompt.max_new_tokens, prompt.stop) for prompt in prompts}
+        rows = encode_texts(tokenizer, [prompt.text for prompt in prompts], None)
+        for prompt, row in zip(prompts, rows, strict=True):
+            _check_bos(tokenizer, row, f"prompt {prompt.id}")
+        return PromptBatch(
+            tokens=pad_sequences(rows, pad_id, uncounted_ids, side="left"),
+            ids=torch.tensor([prompt.id for prompt in prompts]),
+            references=[_cut(tokenizer, prompt) for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            tokenizer=tokenizer,
+        )
+
+    return collate
+
+
+def encode_question(tokenizer: Any, question: Question) -> tuple[int, list[list[int]]]:
+    """Tokens of a question's prompt with each of its options.
+
+    Prompt and option are tokenized as one text, because a tokenizer may merge across the boundary.
+    What the prompt and all the options then share is the prompt.
+
+    Returns:
+        Number of prompt tokens, and one token list per option.
+
+    Raises:
+        UserError: An option adds no token to the prompt, or there is more than one bos token.
+    """
+    texts = [question.prompt, *(question.prompt + option for option in question.options)]
+    prompt, *rows = encode_texts(tokenizer, texts, None)
+    num_prompt = min(_shared_prefix(prompt, row) for row in rows)
+    if any(len(row) <= num_prompt for row in rows) or num_prompt == 0:
+        raise UserError(
+            f"Question {question.id} needs a prompt and options that each add a token to it, got "
+            f"prompt {question.prompt!r} and options {question.options}; reword it."
+        )
+    _check_bos(tokenizer, prompt, f"question {question.id}")
+    return num_prompt, rows
+
+
+def encode_passages(
+    tokenizer: Any, passages: Sequence[Passage], max_length: int | None
+) -> list[tuple[int, list[int]]]:
+    """Tokens of each passage after its context, and how many of them are the context's."""
+    wholes = encode_texts(tokenizer, [p.context + p.text for p in passages], max_length)
+    given = [passage for passage in passages if passage.context]
+    contexts = iter(encode_texts(tokenizer, [passage.context for passage in given], None))
+    return [
+        (_shared_prefix(next(contexts), whole) if passage.context else 0, whole)
+        for passage, whole in zip(passages, wholes, strict=True)
+    ]
+
+
+def _cut(tokenizer: Any, prompt: Prompt) -> str:
+    if prompt.max_reference_tokens is None:
+        return prompt.reference
+    ids = tokenizer(prompt.reference, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer.decode(ids[: prompt.max_reference_tokens], skip_special_tokens=True)
+
+
+def _check_bos(tokenizer: Any, ids: Sequence[int], what: str) -> None:
+    """A chat template brings a bos token of its own, which must not come twice."""
+    bos_id = tokenizer.bos_token_id
+    if bos_id is not None and bos_id != tokenizer.eos_token_id and ids.count(bos_id) > 1:
+        raise UserError(
+            f"{what} must hold at most one bos token {tokenizer.bos_token!r}, got "
+            f"{ids.count(bos_id)}; remove it from the text, the tokenizer adds its own."
+        )
+
+
+def _shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
