@@ -8,16 +8,32 @@ from typing import Any
 import numpy as np
 
 from dsg.errors import UserError
+from dsg.item_scores import read_items
 from dsg.paired import PairedTest, compare_values
 
-ITEMS_FILE = "items.parquet"
-IDENTITY = ("kind", "domain", "key")
-
-# What cannot be averaged over items, or says nothing alone.
-_NO_METRIC = (*IDENTITY, "guard", "id", "text", "chosen", "nll_sum")
+# What is no number, cannot be averaged over items, or says nothing alone.
+_NO_METRIC = ("guard", "kind", "domain", "pool", "key", "id", "text", "chosen", "nll_sum")
 _NO_METRIC_PREFIX = ("num_tokens", "log_prob_")
 
-Item = tuple[str, str, str]
+
+@dataclass(frozen=True, order=True)
+class _Item:
+    """What an item is known by in every run."""
+
+    kind: str
+    domain: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Values of one item, and the names under which they are reported."""
+
+    names: frozenset[str]
+    values: dict[str, float]
+
+
+_Items = dict[_Item, _Scores]
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,7 @@ class Comparison:
     Attributes:
         guards: State of the guard in the first and in the second run.
         kind: `questions`, `passages`, `prompts` or `conversations`.
-        domain: What it was measured on.
+        domain: What it was measured on: a domain, or a pool of several.
         metric: Name of the value; `nll_per_token` is a passage's mean loss.
         test: Means, difference, interval, p value and number of items.
     """
@@ -75,7 +91,7 @@ def compare_runs(
     Raises:
         UserError: A directory holds no items, they cannot be told apart, or the runs share none.
     """
-    runs = [read_items(folder) for folder in (first, second)]
+    runs = [_read(folder) for folder in (first, second)]
     pairs = [guards] if guards else [(state, state) for state in runs[0] if state in runs[1]]
     known = [sorted(run) for run in runs]
     if not pairs or any(pair[i] not in run for pair in pairs for i, run in enumerate(runs)):
@@ -97,36 +113,25 @@ def compare_runs(
     return found, overlaps
 
 
-def read_items(run_dir: str | Path) -> dict[str, dict[Item, dict[str, float]]]:
-    """What each item of a run scored, by the guard's state and by the item.
-
-    Raises:
-        UserError: The run has no items, an item has no key, or two items have the same one.
-    """
-    path = Path(run_dir) / ITEMS_FILE
-    if not path.is_file():
-        raise UserError(
-            f"run_dir {str(run_dir)!r} holds no {ITEMS_FILE}; give the directory of a finished "
-            "evaluation."
-        )
-    # Here, because nothing else that is imported with this module needs it.
-    from pyarrow import parquet
-
-    states: dict[str, dict[Item, dict[str, float]]] = {}
-    for row in parquet.read_table(path).to_pylist():
-        item: Item = (row["kind"], row["domain"], row["key"])
-        if not row["key"]:
+def _read(run_dir: str | Path) -> dict[str, _Items]:
+    """What each item of a run scored, by the guard's state."""
+    states: dict[str, _Items] = {}
+    for row in read_items(run_dir):
+        item = _Item(row["kind"], row["domain"], row["key"])
+        if not item.key:
             raise UserError(
-                f"items must have a key to be compared, got one of {row['domain']!r} without in "
-                f"{str(path)!r}; evaluate again with data whose items have keys."
+                f"items must have a key to be compared, got one of {item.domain!r} without in "
+                f"{str(run_dir)!r}; evaluate again with data whose items have keys."
             )
         items = states.setdefault(row["guard"], {})
         if item in items:
             raise UserError(
-                f"items must be told apart by kind, domain and key, got {item} twice in "
-                f"{str(path)!r}; evaluate the data sets in runs of their own."
+                f"items must be told apart by kind, domain and key, got {item.key} of "
+                f"{item.domain!r} twice in {str(run_dir)!r}; evaluate the data sets in runs of "
+                "their own."
             )
-        items[item] = _values(row)
+        names = frozenset({item.domain, row.get("pool") or item.domain})
+        items[item] = _Scores(names, _values(row))
     return states
 
 
@@ -144,27 +149,24 @@ def _values(row: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _overlap(guards: tuple[str, str], first: Any, second: Any) -> Overlap:
+def _overlap(guards: tuple[str, str], first: _Items, second: _Items) -> Overlap:
     both = first.keys() & second.keys()
     return Overlap(guards, len(both), len(first) - len(both), len(second) - len(both))
 
 
-def _compare(
-    guards: tuple[str, str],
-    first: dict[Item, dict[str, float]],
-    second: dict[Item, dict[str, float]],
-) -> list[Comparison]:
+def _compare(guards: tuple[str, str], first: _Items, second: _Items) -> list[Comparison]:
     columns: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
     # In the order of the keys: the resampling must not depend on the order of the files.
     for item in sorted(first.keys() & second.keys()):
         one, other = first[item], second[item]
-        for metric in sorted(one.keys() & other.keys()):
-            values = columns.setdefault((item[0], item[1], metric), ([], []))
-            values[0].append(one[metric])
-            values[1].append(other[metric])
+        for metric in one.values.keys() & other.values.keys():
+            for name in one.names & other.names:
+                values = columns.setdefault((item.kind, name, metric), ([], []))
+                values[0].append(one.values[metric])
+                values[1].append(other.values[metric])
     return [
-        Comparison(guards, kind, domain, metric, compare_values(*values))
-        for (kind, domain, metric), values in sorted(columns.items())
+        Comparison(guards, *column, compare_values(*values))
+        for column, values in sorted(columns.items())
     ]
 
 

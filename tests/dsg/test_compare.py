@@ -1,18 +1,13 @@
-import pyarrow
 import pytest
-from pyarrow import parquet
 
-from dsg.compare import choose, compare_runs, read_items
+from dsg.compare import choose, compare_runs
 from dsg.errors import UserError
+from dsg.item_scores import write_items
 from dsg.paired import mcnemar, sign_flip
 
 
 def write(folder, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    # A kind of item has no value in the columns of another.
-    names = dict.fromkeys(name for row in rows for name in row)
-    rows = [{name: row.get(name) for name in names} for row in rows]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "items.parquet")
+    write_items(folder, rows)
     return folder
 
 
@@ -87,12 +82,23 @@ def test_runs_that_share_nothing(tmp_path):
 
 
 def test_items_that_cannot_be_told_apart(tmp_path):
+    twice = write(tmp_path / "a", [question("x", 1), question("x", 0)])
     with pytest.raises(UserError, match="twice"):
-        read_items(write(tmp_path / "a", [question("x", 1), question("x", 0)]))
+        compare_runs(twice, twice)
+    nameless = write(tmp_path / "b", [question("", 1)])
     with pytest.raises(UserError, match="must have a key"):
-        read_items(write(tmp_path / "b", [question("", 1)]))
+        compare_runs(nameless, nameless)
     with pytest.raises(UserError, match=r"holds no items\.parquet"):
-        read_items(tmp_path / "c")
+        compare_runs(nameless.parent / "c", nameless)
+
+
+def test_pools_are_compared_beside_their_domains(tmp_path):
+    rows = [question("x", 1, domain="age", pool="retain"), question("x", 1, domain="history")]
+    rows[1]["pool"] = "retain"
+    other = [{**row, "correct": 0.0} for row in rows]
+    found, _ = compare_runs(write(tmp_path / "a", rows), write(tmp_path / "b", other))
+    sizes = {c.domain: c.test.n for c in found if c.metric == "correct"}
+    assert sizes == {"age": 1, "history": 1, "retain": 2}
 
 
 def test_choosing(tmp_path):
