@@ -41,7 +41,7 @@ def load_rows(dataset: str, config: str | None, split: str) -> list[dict[str, An
         dataset: Hub name, `@revision` pins it; a folder in the hub's layout (a dataset card with
             its configurations, and Parquet files); or a JSONL, JSON, CSV or Parquet file.
         config: Configuration of the data set; None where it has only one. Ignored for a file.
-        split: Such as `test`. Ignored for a file.
+        split: Such as `test`, `test[:100]` or `train+test`. Ignored for a file.
 
     Raises:
         UserError: There is no such data set, configuration or split, it may not be read, or a line
@@ -51,12 +51,13 @@ def load_rows(dataset: str, config: str | None, split: str) -> list[dict[str, An
     if path.is_file() or path.suffix.lower() in ROW_FILES:
         return read_rows(path)
     with _built(dataset, config) as builder:
-        if split.partition("[")[0] not in builder.info.splits:
+        try:
+            return builder.as_dataset(split=split).to_list()
+        except ValueError:
             raise UserError(
                 f"`split` of {dataset!r} must be one of {sorted(builder.info.splits)}, got "
                 f"{split!r}; choose one."
-            )
-        return builder.as_dataset(split=split).to_list()
+            ) from None
 
 
 def dataset_revision(dataset: str, config: str | None) -> str | None:
