@@ -8,15 +8,12 @@ import numpy as np
 NUM_RESAMPLES = 1000
 
 
-def bootstrap(
-    statistic: Callable[..., float], *groups: Any, seed: int = 0
-) -> tuple[float | None, float | None]:
+def bootstrap(statistic: Callable[..., float], *groups: Any) -> tuple[float | None, float | None]:
     """The 95 % percentile interval of a statistic of one or several samples.
 
     Args:
         statistic: Takes one array per group, whose first axis counts the items.
         groups: The arrays; each is resampled by itself.
-        seed: Of the resampling.
 
     Returns:
         Both ends; None where no group has a second item.
@@ -24,7 +21,7 @@ def bootstrap(
     arrays = [np.asarray(group, np.float64) for group in groups]
     if all(len(array) < 2 for array in arrays):
         return None, None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     found = [
         statistic(*(array[generator.integers(len(array), size=len(array))] for array in arrays))
         for _ in range(NUM_RESAMPLES)

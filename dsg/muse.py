@@ -165,11 +165,12 @@ def measure(
 
 
 def _remedy(name: str) -> str:
-    run = f"runs/{name}_retrained"
+    corpus, made = name.removeprefix("muse_"), f"runs/finetune_{name}_retrained"
+    model, run = f"{made}/model", f"runs/{name}_retrained"
     return (
-        "make the model with `dsg fit -c configs/finetune/muse_retrained.yaml`, measure it with "
-        f"`dsg test -c configs/evaluate/{name}.yaml --model.model_name "
-        "runs/finetune_muse_retrained/model --data.model_name "
-        f"runs/finetune_muse_retrained/model --data.retrained self --run_dir {run}` and give "
-        f"`retrained: {run}`, or ask for the published number with `retrained: official`."
+        "make the model with `dsg fit -c configs/finetune/muse_retrained.yaml --data.corpus "
+        f"{corpus} --run_dir {made}`, measure it with `dsg test -c configs/evaluate/{name}.yaml "
+        f"--model.model_name {model} --data.model_name {model} --data.retrained {SELF} --run_dir "
+        f"{run}` and give `retrained: {run}`, or ask for the published number with `retrained: "
+        f"{OFFICIAL}`."
     )

@@ -14,7 +14,9 @@ from numpy import ndarray
 from dsg.bootstrap import bootstrap
 from dsg.errors import UserError
 from dsg.evaluation import Measurement
+from dsg.item_scores import read_items
 from dsg.metrics import bootstrap_mean
+from dsg.results import ITEMS_FILE
 
 PROTOCOL = "tofu"
 SELF = "self"
@@ -24,7 +26,6 @@ WITH_OPTIONS = ("real_authors", "world_facts")
 UTILITY_DOMAINS = ("retain", *WITH_OPTIONS)
 METRICS = ("probability", "rouge_l_recall", "truth_ratio")
 
-_ITEMS_FILE = "items.parquet"
 # Domain -> metric -> value of each item.
 Scores = dict[str, dict[str, Float[ndarray, " n"]]]
 
@@ -110,17 +111,14 @@ def retained_ratios(
     Raises:
         UserError: The run did not measure these questions.
     """
-    path = Path(retained) / _ITEMS_FILE
-    if not path.is_file():
+    if not (Path(retained) / ITEMS_FILE).is_file():
         raise UserError(
-            f"`retained` must be the directory of a finished run with {_ITEMS_FILE}, got "
+            f"`retained` must be the directory of a finished run with {ITEMS_FILE}, got "
             f"{retained!r}; {_remedy(forget_percent)}"
         )
-    import pyarrow.parquet
-
     rows = [
         row
-        for row in pyarrow.parquet.read_table(path).to_pylist()
+        for row in read_items(retained)
         if row["domain"] == FORGET
         and row["kind"] == "questions"
         and row["guard"] in ("none", "off")
@@ -220,11 +218,15 @@ def measure(found: Scores, retained: Float[ndarray, " n"] | None) -> list[Measur
 
 
 def _remedy(forget_percent: int) -> str:
-    run, made = f"runs/tofu_retained_{forget_percent}", "runs/finetune_tofu_retrained/model"
     share = f"--data.forget_percent {forget_percent}"
+    made, run = (
+        f"runs/finetune_tofu_retrained_{forget_percent}",
+        f"runs/tofu_retained_{forget_percent}",
+    )
+    model = f"{made}/model"
     return (
-        f"make the model with `dsg fit -c configs/finetune/tofu_retrained.yaml {share}`, measure "
-        f"it with `dsg test -c configs/evaluate/tofu.yaml {share} --model.model_name {made} "
-        f"--data.model_name {made} --data.retained self --run_dir {run}` and give "
-        f"`retained: {run}`."
+        f"make the model with `dsg fit -c configs/finetune/tofu_retrained.yaml {share} --run_dir "
+        f"{made}`, measure it with `dsg test -c configs/evaluate/tofu.yaml {share} "
+        f"--model.model_name {model} --data.model_name {model} --data.retained {SELF} --run_dir "
+        f"{run}` and give `retained: {run}`."
     )
