@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,18 @@ _PLACE = (
     "protocol",
     "metric",
 )
-_SHARES = ("accuracy", "trigger_rate", "alignment", "density_auroc", "rouge_l")
+_SHARE = (0.0, 1.0)
+_RANGES = {
+    "accuracy": _SHARE,
+    "trigger_rate": _SHARE,
+    "alignment": _SHARE,
+    "density_auroc": _SHARE,
+    "rouge_l": _SHARE,
+    "perplexity": (1.0, math.inf),
+    SECONDS: (0.0, math.inf),
+    "recovery_area": _SHARE,
+    "epochs_to_half": (0.0, math.inf),
+}
 
 
 def table_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -43,7 +55,7 @@ def table_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         Lines with `phase` (`unlearning`, `attack` or `sequence`), what was measured, `mean`, `low`,
         `high` (Student's t over seeds; None for a single seed) and `n_seeds`, in the order of the
-        columns. Intervals of shares end at 0 and 1.
+        columns. No interval leaves the range of its metric.
     """
     by_place: dict[tuple[Any, ...], dict[Any, float]] = {}
     for row in _last(rows):
@@ -57,8 +69,9 @@ def table_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         place = dict(zip(_PLACE, key, strict=True))
         estimate = mean_interval(list(by_place[key].values()))
         low, high = estimate.low, estimate.high
-        if place["metric"] in _SHARES and low is not None and high is not None:
-            low, high = max(0.0, low), min(1.0, high)
+        least, most = _RANGES.get(place["metric"], (-math.inf, math.inf))
+        if low is not None and high is not None:
+            low, high = max(least, low), min(most, high)
         numbers = {"mean": estimate.value, "low": low, "high": high}
         lines.append({**place, **_rounded(numbers), "n_seeds": estimate.n})
     return lines

@@ -32,6 +32,13 @@ def test_intervals_of_shares_end_at_0_and_1():
     assert (line["mean"], line["low"], line["high"]) == (0.5, 0.0, 1.0)
 
 
+def test_an_interval_of_perplexity_ends_at_1():
+    rows = [measured(value, seed, metric="perplexity") for seed, value in enumerate([1.5, 6.5])]
+    [line] = table_rows(rows)
+    assert (line["mean"], line["low"]) == (4.0, 1.0)
+    assert line["high"] == pytest.approx(4 + 12.7062 * 2.5, abs=1e-2)
+
+
 def test_one_seed_has_no_interval_and_nothing_measured_is_no_seed():
     [line] = table_rows([measured(0.5, 0), measured(None, 1)])
     assert (line["mean"], line["low"], line["high"], line["n_seeds"]) == (0.5, None, None, 1)
