@@ -207,7 +207,7 @@ class TestTextFilesData:
     def test_evaluation_scores_each_passage_once(self, data):
         made = data(batch_size=5, val_split="test")
         for loader in (made.val_dataloader(), made.test_dataloader()):
-            ids = [id for batch in loader for id in batch.passage_ids.tolist()]
+            ids = [id for batch in loader for id in batch.ids.tolist()]
             assert sorted(ids) == list(range(len(made.passages("test"))))
 
     def test_relearn_needs_allow_overlap(self, data):

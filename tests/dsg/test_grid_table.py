@@ -18,7 +18,7 @@ def measured(value, seed, **fields):
 
 def test_mean_and_interval_over_three_seeds():
     values = [1.0, 2.0, 6.0]
-    [line] = table_rows(measured(value, seed) for seed, value in enumerate(values))
+    [line] = table_rows(measured(value, seed, metric="nll") for seed, value in enumerate(values))
     half = T975_2 * statistics.stdev(values) / 3**0.5
     assert (line["mean"], line["n_seeds"]) == (3.0, 3)
     assert line["low"] == pytest.approx(3 - half, abs=1e-3)
