@@ -135,7 +135,7 @@ def test_split_mode(attacked, expected):
 
 def test_all_grids_are_found():
     names = {path.stem for path in FILES}
-    assert names == {"tiny_world", "long_attack", *TABLES}
+    assert names == {"tiny_world", "long_attack", "evading", *TABLES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -162,7 +162,7 @@ def test_every_grid_of_the_repository_fits_its_configurations(path, tmp_path):
         assert data is not None
 
 
-@pytest.mark.parametrize("name", ["tiny_world", "long_attack"])
+@pytest.mark.parametrize("name", ["tiny_world", "long_attack", "evading"])
 def test_the_benchmark_tunes_every_method_alike(name):
     grid = read_grid(GRIDS / f"{name}.yaml")
     assert isinstance(grid, Benchmark)
