@@ -113,6 +113,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
         self.pools: dict[str, Pool] = {}
         self.num_truncated = 0
         self._filter_facts: dict[str, Any] | None = None
+        self._revisions: dict[str, str | None] = {}
         self._questions: dict[Split, list[Question]] = {"validation": [], "test": []}
         if self.task == "select":
             return
@@ -123,6 +124,8 @@ class MultipleChoiceData(lightning.LightningDataModule):
             for subject, rows in read_sets(names, **self.sources).items():
                 _check_unused(subject, pool, self.pools)
                 self.sets[subject], self.pools[subject] = rows, pool
+        # Now, because the network may be gone when the run ends.
+        self._revisions = self._find_revisions()
         if self.keep is not None:
             self._filter_facts = self._filter(self.keep)
         if self.task == "evaluate":
@@ -188,7 +191,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
                 }
                 for name, rows in self.sets.items()
             },
-            "revisions": self._revisions(),
+            "revisions": self._revisions,
             "max_length": self.max_length,
             "truncated_prompts": self.num_truncated,
             "filter": self._filter_facts,
@@ -229,7 +232,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
             option: ids[num_prompt:] for option, ids in zip(question.options, rows, strict=True)
         }
 
-    def _revisions(self) -> dict[str, str | None]:
+    def _find_revisions(self) -> dict[str, str | None]:
         members: dict[str, Iterable[str]] = {"wmdp": WMDP_TOPICS, "mmlu": MMLU_SUBJECTS}
         found = {}
         for family, source in self.sources.items():

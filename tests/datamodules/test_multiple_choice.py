@@ -169,6 +169,7 @@ def test_a_selection_reads_the_corpora_alone(data, tmp_path):
     )
     made = data(task="select", corpora=corpora, forget=["wmdp-bio"], retain=["all"])
     assert len(made.forget_texts()) == 30
+    assert made.facts()["corpora"]["retain"][0]["n"] == 30
     parts = [made.retain_texts(), made.calibration_texts(near=False), made.heldout_texts()]
     assert sum(map(len, parts)) == 30
     with pytest.raises(UserError, match="`corpora` must name the texts"):
