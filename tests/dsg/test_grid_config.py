@@ -154,7 +154,7 @@ def test_every_grid_of_the_repository_fits_its_configurations(path, tmp_path):
     else:
         plan = Plan(grid, configs, "name")
         checked = [config for _, config in plan.first().values()]
-        assert len(plan.tuning()) > len(grid.seeds)
+        assert len(plan.tuning()) >= len(grid.seeds)
     for number, config in enumerate(checked):
         placed = map_strings(config, lambda text: text.replace("{run_dir}", str(tmp_path)))
         module, data = instantiate(write_config(tmp_path / f"{number}.yaml", placed))
