@@ -1,11 +1,11 @@
 """Fine-tunes a causal LM on a data module's text: `fit`."""
 
+import math
 from typing import Any, Literal
 
 import lightning
 import torch
 from jaxtyping import Float
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
@@ -91,15 +91,33 @@ class FinetuningModule(lightning.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids))
         return loss
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over what trains, with the schedule stepped after every optimizer step."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over what trains."""
         weights = [weight for weight in self.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay)
-        num_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, num_steps, self.warmup_fraction, self.schedule)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate of this step.
+
+        Not through a scheduler, which must know the number of steps when the optimizer is made:
+        asking for it then makes Lightning forget a resumed run's place in its epoch.
+        """
+        step = self.trainer.global_step
+        factor = lr_factor(step, num_steps(self.trainer), self.warmup_fraction, self.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * factor
+
+    def on_fit_start(self) -> None:
+        """Check that the run has an end.
+
+        Raises:
+            UserError: It goes on until it is stopped.
+        """
+        if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+            raise UserError(
+                "`max_epochs` must be at least 1, got -1 without `max_steps`: the learning rates "
+                "depend on the length of the run; set trainer.max_epochs."
+            )
 
     def on_fit_end(self) -> None:
         """Leave an ordinary Hugging Face folder behind."""
@@ -132,6 +150,13 @@ class FinetuningModule(lightning.LightningModule):
             "schedule": [self.schedule, self.warmup_fraction],
             "lora": [self.lora_rank, self.lora_alpha, *self.lora_targets],
         }
+
+
+def num_steps(trainer: lightning.Trainer) -> int:
+    """Optimizer steps of a whole run that is under way."""
+    per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    limits = [(trainer.max_epochs or 0) * per_epoch, trainer.max_steps]
+    return min(limit for limit in limits if limit > 0)
 
 
 def lr_factor(
