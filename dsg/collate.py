@@ -92,7 +92,8 @@ def encode_question(tokenizer: Any, question: Question) -> tuple[int, list[list[
     """Tokens of a question's prompt with each of its options.
 
     Prompt and option are tokenized as one text, because a tokenizer may merge across the boundary.
-    What the prompt and all the options then share is the prompt.
+    What the prompt and all the options then share is the prompt. The protocol `dsg` asks for the
+    letters' own tokens instead, even where the tokenizer would merge `(A`.
 
     Returns:
         Number of prompt tokens, and one token list per option.
@@ -102,13 +103,16 @@ def encode_question(tokenizer: Any, question: Question) -> tuple[int, list[list[
     """
     texts = [question.prompt, *(question.prompt + option for option in question.options)]
     prompt, *rows = encode_texts(tokenizer, texts, None)
+    _check_bos(tokenizer, prompt, f"question {question.id}")
+    if question.protocol == "dsg":
+        options = tokenizer(list(question.options), add_special_tokens=False, verbose=False)
+        return len(prompt), [[*prompt, *ids] for ids in options["input_ids"]]
     num_prompt = min(_shared_prefix(prompt, row) for row in rows)
     if any(len(row) <= num_prompt for row in rows) or num_prompt == 0:
         raise UserError(
             f"Question {question.id} needs a prompt and options that each add a token to it, got "
             f"prompt {question.prompt!r} and options {question.options}; reword it."
         )
-    _check_bos(tokenizer, prompt, f"question {question.id}")
     return num_prompt, rows
 
 

@@ -1,7 +1,9 @@
 """Lightning modules, one per kind of run; each is a thin shell around `dsg`."""
 
 from lightning_modules.evaluation import EvaluationModule
+from lightning_modules.finetuning import FinetuningModule
 from lightning_modules.pretraining import PretrainingModule
+from lightning_modules.question_filter import QuestionFilterModule
 from lightning_modules.relearning import RelearningModule
 from lightning_modules.selection import SelectionModule
 from lightning_modules.sequential import SequentialModule
@@ -9,7 +11,9 @@ from lightning_modules.unlearning import UnlearningModule
 
 __all__ = [
     "EvaluationModule",
+    "FinetuningModule",
     "PretrainingModule",
+    "QuestionFilterModule",
     "RelearningModule",
     "SelectionModule",
     "SequentialModule",

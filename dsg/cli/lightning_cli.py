@@ -39,6 +39,7 @@ from dsg.run_directory import (
     newest_checkpoint,
     run_directory,
 )
+from lightning_modules.question_filter import OUTCOMES_FOLDER
 
 CONFIG_FILE = "config.yaml"
 # Defaults of every run; a configuration names only what differs. Loggers write into the run
@@ -216,7 +217,10 @@ class RunCLI(LightningCLI):
             self._write_facts()
 
     def _how_to_continue(self) -> str:
-        resumable = self.subcommand == "fit" and newest_checkpoint(self.run_dir) is not None
+        # A question filter keeps what it has found on disk.
+        resumable = any((self.run_dir / OUTCOMES_FOLDER).glob("*.jsonl")) or (
+            self.subcommand == "fit" and newest_checkpoint(self.run_dir) is not None
+        )
         words = [word for word in self._arguments if word not in ("--overwrite", "--resume")]
         option = "--resume" if resumable else "--overwrite"
         verb = "continue" if resumable else "start again"

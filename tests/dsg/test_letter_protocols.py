@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from dsg.collate import encode_question, question_collate
 from dsg.errors import UserError
@@ -126,3 +128,13 @@ def test_a_second_bos_is_refused(tokenizer):
     question = Question(0, "retain", None, "w1 <bos> w2", LETTERS, 0, protocol="lm_eval")
     with pytest.raises(UserError, match="at most one bos token '<bos>', got 2"):
         encode_question(tokenizer, question)
+
+
+def test_letters_keep_tokens_of_their_own():
+    letters = ["A", " A", "B", " B"]
+    vocab = {token: index for index, token in enumerate(["<unk>", "(", " ", "A", "B", "(A", " A"])}
+    bpe = Tokenizer(models.BPE(vocab, [("(", "A"), (" ", "A")], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
+    assert tokenizer("(A")["input_ids"] == [vocab["(A"]]
+    question = Question(0, "retain", None, "(", tuple(letters), 0, protocol="dsg")
+    assert encode_question(tokenizer, question) == (1, [[1, 3], [1, 6], [1, 4], [1, 2, 4]])
