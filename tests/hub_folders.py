@@ -32,6 +32,7 @@ _BIOLOGY, _SECURITY, _GENERAL, _SHARED = (
         "table which what of the in a is and to by with from was",
     )
 )
+_WMDP_TOPICS = {"wmdp-bio": _BIOLOGY, "wmdp-chem": _GENERAL, "wmdp-cyber": _SECURITY}
 # What the hub's own template of Gemma 2 does, in fewer words.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -70,14 +71,16 @@ def text(rng: np.random.Generator, num_words: int, topic: Sequence[str] = _GENER
     return " ".join(rng.choice([*topic, *_SHARED], num_words).tolist())
 
 
-def question_rows(num: int, seed: int, subject: str | None = None) -> list[dict[str, Any]]:
+def question_rows(
+    num: int, seed: int, subject: str | None = None, topic: Sequence[str] = _GENERAL
+) -> list[dict[str, Any]]:
     """Questions in the columns of WMDP, or of MMLU where a subject is given."""
     rng = np.random.default_rng(seed)
     return [
         {
-            "question": f"{text(rng, 6).capitalize()} {index}?",
+            "question": f"{text(rng, 6, topic).capitalize()} {index}?",
             **({"subject": subject} if subject else {}),
-            "choices": [text(rng, int(rng.integers(1, 4))) for _ in range(4)],
+            "choices": [text(rng, int(rng.integers(1, 4)), topic) for _ in range(4)],
             "answer": int(rng.integers(4)),
         }
         for index in range(num)
@@ -90,13 +93,14 @@ def text_rows(num: int, seed: int, topic: Sequence[str]) -> list[dict[str, str]]
     return [{"text": text(rng, int(rng.integers(20, 35)), topic)} for _ in range(num)]
 
 
+def wmdp_rows(config: str, num: int) -> list[dict[str, Any]]:
+    """What `write_wmdp` writes for a configuration."""
+    return question_rows(num, list(_WMDP_TOPICS).index(config), topic=_WMDP_TOPICS[config])
+
+
 def write_wmdp(folder: Path, num: int = 7) -> Path:
     """`cais/wmdp`."""
-    names = ("wmdp-bio", "wmdp-chem", "wmdp-cyber")
-    return write_dataset(
-        folder,
-        {name: {"test": question_rows(num, seed)} for seed, name in enumerate(names)},
-    )
+    return write_dataset(folder, {name: {"test": wmdp_rows(name, num)} for name in _WMDP_TOPICS})
 
 
 def write_mmlu(folder: Path, num: int = 5) -> Path:

@@ -19,7 +19,7 @@ from dsg.hub import (
     parse_name,
     short_name,
 )
-from tests.hub_folders import question_rows, write_dataset, write_gemma_scope, write_wmdp
+from tests.hub_folders import wmdp_rows, write_dataset, write_gemma_scope, write_wmdp
 from tests.hub_server import SHA, serve
 
 TOKEN = "hf_not_to_be_printed"
@@ -92,9 +92,9 @@ def test_what_can_only_be_a_path(tmp_path):
 
 def test_a_folder_in_the_hubs_layout(tmp_path):
     folder = str(write_wmdp(tmp_path / "wmdp", num=7))
-    for seed, config in enumerate(("wmdp-bio", "wmdp-chem", "wmdp-cyber")):
-        assert load_rows(folder, config, "test") == question_rows(7, seed)
-    assert load_rows(folder, "wmdp-bio", "test[2:4]") == question_rows(7, 0)[2:4]
+    for config in ("wmdp-bio", "wmdp-chem", "wmdp-cyber"):
+        assert load_rows(folder, config, "test") == wmdp_rows(config, 7)
+    assert load_rows(folder, "wmdp-bio", "test[2:4]") == wmdp_rows("wmdp-bio", 7)[2:4]
     assert dataset_revision(folder, "wmdp-bio") is None
 
 
@@ -169,7 +169,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_a_server_is_read_at_a_revision_and_refuses_in_one_sentence(tmp_path):
-    rows = question_rows(7, 0)
+    rows = wmdp_rows("wmdp-bio", 7)
     folders = {
         "datasets/org/wmdp": write_wmdp(tmp_path / "wmdp", num=7),
         "models/google/gemma-scope-2b-pt-res": tmp_path / "scope",

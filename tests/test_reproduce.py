@@ -1,0 +1,162 @@
+"""The reproduction configurations end to end, on tiny stand-ins in the hub's layouts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datamodules.choice_rows import read_sets
+from dsg.cli.main import main
+from dsg.permutations import VARIANTS
+from dsg.question_filter import FILTER_FILE, FilteredModel, filter_content, load_config
+from dsg.results import read_results, row, write_results
+from dsg.subjects import expand_sets
+from tests.benchmark_folders import write_muse
+from tests.hub_folders import (
+    write_bio_forget,
+    write_corpora,
+    write_gemma,
+    write_gemma_scope,
+    write_mmlu,
+    write_wikitext,
+    write_wmdp,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = sorted(path.stem for path in (CONFIGS / "reproduce").glob("*.yaml"))
+STAND_IN = CONFIGS / "parts" / "stand_in.yaml"
+NUM_MUSE = 5
+MODELS = (
+    "google/gemma-2-2b",
+    "google/gemma-2-2b-it",
+    "runs/finetune_muse_target/model",
+    "runs/finetune_muse_books_target/model",
+)
+QUICK = ("--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
+
+
+def config(name: str) -> dict:
+    return yaml.safe_load((CONFIGS / "reproduce" / f"{name}.yaml").read_text())
+
+
+GUARDED = [name for name in NAMES if "guard" in config(name)["model"]["init_args"]]
+ASKED = [name for name in GUARDED if config(name)["data"]["class_path"].endswith("ChoiceData")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """What lies in the working directory: hub names as folders, the SAE, and earlier runs."""
+    root = tmp_path_factory.mktemp("hub")
+    gemma = write_gemma(root / MODELS[0])
+    for name in MODELS[1:]:
+        shutil.copytree(gemma, root / name)
+    write_gemma_scope(root / "stand_in/sae")
+    write_wmdp(root / "cais/wmdp", num=12)
+    write_mmlu(root / "cais/mmlu", num=8)
+    write_corpora(root / "cais/wmdp-corpora")
+    write_bio_forget(root / "cais/wmdp-bio-forget-corpus")
+    write_wikitext(root / "Salesforce/wikitext")
+    for corpus in ("news", "books"):
+        write_muse(root / f"muse-bench/MUSE-{corpus.title()}", num=NUM_MUSE)
+        measured = {"dataset": f"muse_{corpus}", "domain": "forget", "split": "test"}
+        auc = {"metric": "min_k_auc", "value": 0.5, "n": 2 * NUM_MUSE}
+        write_results(
+            root / f"runs/muse_{corpus}_retrained",
+            [row(experiment="evaluation", guard="none", **measured, **auc)],
+        )
+    return root
+
+
+@pytest.fixture
+def here(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    return folders
+
+
+@pytest.fixture
+def question_filter(here):
+    """The file of a filter run in which the model knew all questions but the first of each set."""
+    names = ["wmdp-bio", "wmdp-cyber", *expand_sets("retain", ["utility_bio", "college_biology"])]
+    sets = read_sets(names)
+    correct, number = {}, 0
+    for rows in sets.values():
+        for place, _ in enumerate(rows):
+            correct |= {number * VARIANTS + variant: place > 0 for variant in range(VARIANTS)}
+            number += 1
+    model = FilteredModel.of(MODELS[1], load_config(MODELS[1]))
+    folder = here / "runs/select_question_filter"
+    folder.mkdir(exist_ok=True)
+    content = filter_content(model, "dsg", sets, correct)
+    (folder / FILTER_FILE).write_text(json.dumps(content))
+    return content
+
+
+def run(command: str, name: str, *options: str) -> list[dict]:
+    path = CONFIGS / "reproduce" / f"{name}.yaml"
+    run_dir = f"runs/reproduce_{name}"
+    arguments = (*options, "--trainer.accelerator", "cpu", *QUICK, "--overwrite")
+    assert main([command, "-c", str(path), *arguments]) == 0
+    return read_results(run_dir)
+
+
+def test_the_rows_of_the_tables_are_there():
+    wmdp = {f"table_{table}_{method}" for table in (1, 10) for method in ("dsg", "farrell")}
+    assert wmdp <= set(ASKED)
+    assert set(GUARDED) - set(ASKED) == {"table_2_books_dsg", "table_2_news_dsg"}
+    baselines = ("ga", "grad_diff", "npo", "rmu", "simnpo")
+    assert set(NAMES) - set(GUARDED) == {f"table_2_{method}" for method in baselines}
+
+
+@pytest.mark.usefixtures("question_filter")
+@pytest.mark.parametrize("name", ASKED)
+def test_questions(name):
+    rows = run("test", name, "-c", str(STAND_IN))
+    given = config(name)
+    [forget] = given["data"]["init_args"]["forget"]
+    facts = json.loads(Path(f"runs/reproduce_{name}/run.json").read_text())
+    assert {row["guard"] for row in rows} == {"on", "off"}
+    assert {row["experiment"] for row in rows} == {given["model"]["init_args"]["experiment"]}
+    values = {
+        (row["guard"], row["metric"]): (row["value"], row["n"])
+        for row in rows
+        if row["domain"] == forget
+    }
+    kept = 12 - ("keep" in given["data"]["init_args"])
+    assert facts["data"]["sets"][forget]["n"] == kept
+    assert 0 < values["on", "accuracy"][1] < kept  # the reported half
+    if given["model"]["init_args"]["guard"]["method"] != "dsg":  # edits every sequence
+        assert values["on", "trigger_rate"][0] == 1.0
+        assert values["on", "correct_probability"] != values["off", "correct_probability"]
+    # One file has put the SAE's stand-in there and changed nothing else.
+    settings = given["model"]["init_args"]["guard"]
+    used = facts["config"]["model"]["init_args"]["guard"]
+    assert {key: used[key] for key in settings} == {
+        **settings,
+        "sae": "stand_in/sae",
+        "sae_id": None,
+    }
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", [name for name in GUARDED if name not in ASKED])
+def test_muse(name):
+    rows = run("test", name, "-c", str(STAND_IN))
+    values = {(row["guard"], row["domain"], row["metric"]): row["value"] for row in rows}
+    for guard in ("off", "on"):
+        for domain, metric in (
+            ("forget", "verbmem"),
+            ("forget", "knowmem"),
+            ("retain", "knowmem"),
+            ("forget", "privleak"),
+        ):
+            assert values[guard, domain, metric] is not None
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in GUARDED])
+def test_unlearning(name, here):
+    rows = run("fit", name, "--trainer.max_epochs", "1")
+    assert {row["epoch"] for row in rows} == {0, 1}
+    assert {row["metric"] for row in rows} >= {"verbmem", "knowmem", "privleak"}
+    assert (here / f"runs/reproduce_{name}/model/config.json").is_file()
