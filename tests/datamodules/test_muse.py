@@ -179,14 +179,13 @@ def test_evaluation_writes_the_benchmark_numbers(folder, tmp_path):
 
 def test_numbers_do_not_depend_on_batches(folder, tmp_path):
     written = []
-    for size in (1, 4, "auto"):
+    for size in (2, "auto"):
         run = tmp_path / str(size)
         data = make_data(folder, retrained="self", batch_size=size)
         make_trainer(run).test(EvaluationModule(str(folder / "model")), data, verbose=False)
         rows = [row for row in read_results(run) if row["protocol"] == "muse"]
         written.append({(row["domain"], row["metric"]): row["value"] for row in rows})
     assert written[0] == pytest.approx(written[1], abs=1e-4)
-    assert written[0] == pytest.approx(written[2], abs=1e-4)
 
 
 @pytest.mark.parametrize(
