@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
     folder = save_toy(tmp_path_factory.mktemp("ranks"))
     # Neither the items nor the batches of two go round on two or three ranks.
     write_muse(folder / "muse", 3)
-    write_tofu(folder / "tofu", 2)
+    write_tofu(folder / "tofu", 4)
     return folder
 
 
