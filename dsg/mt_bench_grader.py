@@ -1,0 +1,98 @@
+"""Has the answers to MT-Bench judged: single-answer grading of both turns."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsg.grading import Judgements, Request, grade
+from dsg.hub import short_name
+from dsg.judge import JudgeSettings, make_judge, request_key
+from dsg.judge_prompts import is_guided, load_prompts
+from dsg.mt_bench import NUM_TURNS, Conversation
+from dsg.mt_bench_scores import Answers, Ratings
+
+JUDGEMENTS_FILE = "judgements.jsonl"
+
+
+class Grader:
+    """One judge with its prompts.
+
+    Args:
+        settings: Of the judge.
+
+    Attributes:
+        protocol: Judge and prompts, as the results name them.
+
+    Raises:
+        UserError: The settings cannot work, or the prompts cannot be read.
+    """
+
+    def __init__(self, settings: JudgeSettings) -> None:
+        self._settings = settings
+        self._prompts = load_prompts(settings.prompts_file)
+        self._judge = make_judge(settings)
+        self.protocol = f"{short_name(settings.model)}/{self._prompts.version}"
+
+    def check(self) -> None:
+        """Find out whether the judge can be asked.
+
+        Raises:
+            UserError: It cannot.
+        """
+        self._judge.check()
+
+    def grade(
+        self,
+        folder: Path,
+        conversations: Sequence[Conversation],
+        answers: Mapping[str, Answers],
+    ) -> tuple[dict[str, Ratings], dict[str, Any]]:
+        """Have all answers judged that are not judged yet.
+
+        Args:
+            folder: Holds the judgements.
+            conversations: What was asked.
+            answers: Both answers of each conversation in the same order, by the guard's state.
+
+        Returns:
+            The ratings by the guard's state, in the order of the conversations and NaN where the
+            judge gave none; and who judged how, for `run.json`.
+        """
+        requests = {state: self.requests(conversations, said) for state, said in answers.items()}
+        found, failures = grade(
+            self._judge,
+            [request for of in requests.values() for request in of],
+            Judgements(folder / JUDGEMENTS_FILE),
+            self._settings.max_attempts,
+        )
+        shape = (len(conversations), NUM_TURNS, self._settings.repeats)
+        ratings = {
+            state: np.array([found.get(request.key, np.nan) for request in of]).reshape(shape)
+            for state, of in requests.items()
+        }
+        guided = [is_guided(c, turn) for c in conversations for turn in range(1, NUM_TURNS + 1)]
+        facts = {
+            **self._settings.facts(),
+            "prompts": self._prompts.version,
+            "prompts_sha256": self._prompts.sha256,
+            "turns_graded_with_reference": sum(guided),
+            "failures": sorted(failures.values()),
+        }
+        return ratings, facts
+
+    def requests(self, conversations: Sequence[Conversation], answers: Answers) -> list[Request]:
+        """All judgements of some answers, ordered by conversation, turn and repeat."""
+        return [
+            Request(
+                request_key(self._settings, messages, repeat),
+                messages,
+                repeat,
+                {"question_id": conversation.question_id, "turn": turn, "repeat": repeat},
+            )
+            for conversation, said in zip(conversations, answers, strict=True)
+            for turn in range(1, NUM_TURNS + 1)
+            for messages in (self._prompts.messages(conversation, said, turn),)
+            for repeat in range(self._settings.repeats)
+        ]
