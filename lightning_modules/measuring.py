@@ -244,6 +244,10 @@ class Measurer:
             for prompt in self.items["prompts"]
         ]
 
+    def measured_epochs(self) -> set[Any]:
+        """Epochs that have been evaluated."""
+        return {row["epoch"] for row in self.rows}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs so that a resumed run writes the same results."""
         return {"rows": self.rows, "baseline": self.baseline}

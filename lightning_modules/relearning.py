@@ -26,11 +26,10 @@ from lightning_modules.loading import load_model, load_plain_model, short_name
 from lightning_modules.measuring import (
     Labels,
     Measurer,
-    epochs_done,
     require_full_sanity_check,
 )
 from lightning_modules.protocols import EVALUATION_DATA, data_of, val_loaders
-from lightning_modules.resuming import check_same_run, evaluate_now, restore_rng, rng_states
+from lightning_modules.resuming import Progress, check_same_run, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable
 
 
@@ -136,7 +135,7 @@ class RelearningModule(lightning.LightningModule):
         self.guard: Guard | None = None
         self.drift: Drift | None = None
         self._remaking: GuardSettings | None = None
-        self._loaded_epoch: float | None = None
+        self.progress = Progress()
 
     def configure_model(self) -> None:
         """Load the model, make the guard from it, and only then prepare the attack; once."""
@@ -200,7 +199,9 @@ class RelearningModule(lightning.LightningModule):
             attack=self._attack_name(),
             seed=self.seed,
         )
-        self.measurer.finish(self.trainer, labels, stage="val", epoch=self._epoch())
+        self.measurer.finish(
+            self.trainer, labels, stage="val", epoch=self.progress.epochs(self.trainer)
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what the attacker may change."""
@@ -210,20 +211,14 @@ class RelearningModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Check that the state before the attack will be measured, and catch up when resumed."""
         require_full_sanity_check(self.trainer)
-        epoch = self._loaded_epoch
-        unmeasured = epoch not in {row["epoch"] for row in self.measurer.rows}
-        if epoch is not None and float(epoch).is_integer() and unmeasured:
-            evaluate_now(self, data_of(self.trainer))
-        self._loaded_epoch = None
+        self.progress.catch_up(self, self.measurer.measured_epochs())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the attack changed and what was measured."""
         keep_trainable(self, checkpoint)
-        trainer = self.trainer
-        in_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         checkpoint["measurer"] = self.measurer.state()
         checkpoint["settings"] = self._settings()
-        checkpoint["attack_epoch"] = trainer.current_epoch + in_epoch / trainer.num_training_batches
+        checkpoint["epochs"] = self.progress.state(self.trainer)
         checkpoint["rng"] = rng_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -233,7 +228,7 @@ class RelearningModule(lightning.LightningModule):
             UserError: The checkpoint is of another run.
         """
         check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
-        self._loaded_epoch = checkpoint["attack_epoch"]
+        self.progress.load(checkpoint["epochs"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.measurer.load_state(checkpoint["measurer"])
             restore_rng(checkpoint["rng"])
@@ -255,15 +250,11 @@ class RelearningModule(lightning.LightningModule):
         """The guard made anew from the attacked model; before the attack it is the fixed one."""
         if self._remaking is None or self.guard is None:
             return {}
-        if self._epoch() == 0:
+        if self.progress.epochs(self.trainer) == 0:
             return {"maintained": self.guard}
         assert self.model is not None
         guard = make_guard(self._remaking, unwrap(self.model), self.trainer)
         return {"maintained": guard.to(self.device)}
-
-    def _epoch(self) -> float:
-        """Epochs behind the model that is evaluated: those of a checkpoint just loaded, if any."""
-        return epochs_done(self.trainer) if self._loaded_epoch is None else self._loaded_epoch
 
     def _attack_name(self) -> str:
         """The `attack` column: the ordinary attack's text and objective go without saying."""

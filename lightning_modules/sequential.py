@@ -29,11 +29,11 @@ from lightning_modules.loading import load_plain_model, short_name
 from lightning_modules.measuring import (
     Labels,
     Measurer,
-    epochs_done,
     require_full_sanity_check,
 )
 from lightning_modules.protocols import REQUEST_DATA, UnlearningBatch, data_of
 from lightning_modules.references import check_reference, make_reference
+from lightning_modules.resuming import Progress
 from lightning_modules.saving import keep_trainable, load_guards, save_youngest
 
 
@@ -98,6 +98,7 @@ class SequentialModule(lightning.LightningModule):
         self.automatic_optimization = guard is None
         self.strict_loading = False
         self.measurer = Measurer()
+        self.progress = Progress()
         self.model: PreTrainedModel | None = None
         self.reference: Reference | None = None
         self.maker: GuardMaker | None = None
@@ -192,7 +193,7 @@ class SequentialModule(lightning.LightningModule):
             dataset=data.name,
             seed=self.seed,
         )
-        request = epochs_done(self.trainer)
+        request = int(self.progress.epochs(self.trainer))
         self.measurer.finish(
             self.trainer,
             labels,
@@ -229,6 +230,7 @@ class SequentialModule(lightning.LightningModule):
                 f"`max_epochs` must be the number of requests, {num_requests}, got "
                 f"{self.trainer.max_epochs}; set trainer.max_epochs."
             )
+        self.progress.catch_up(self, self.measurer.measured_epochs())
 
     def on_train_epoch_end(self) -> None:
         """Write a checkpoint after a request that took no optimizer step.
@@ -245,10 +247,12 @@ class SequentialModule(lightning.LightningModule):
         keep_trainable(self, checkpoint)
         checkpoint["measurer"] = self.measurer.state()
         checkpoint["num_guards"] = len(self.guards)
+        checkpoint["epochs"] = self.progress.state(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the measurements and guards of the interrupted run."""
         self.measurer.load_state(checkpoint["measurer"])
+        self.progress.load(checkpoint["epochs"])
         for guard in load_guards(self.trainer, checkpoint["num_guards"]):
             self.guards.append(guard)
 

@@ -1,6 +1,5 @@
 """Unlearning by changing weights as a `fit` run, whatever the method."""
 
-import time
 from typing import Any, Literal
 
 import lightning
@@ -22,16 +21,12 @@ from lightning_modules.distributed import (
     leave_unwrapped,
 )
 from lightning_modules.loading import load_plain_model, short_name
-from lightning_modules.measuring import (
-    Labels,
-    Measurer,
-    epochs_done,
-    require_full_sanity_check,
-)
+from lightning_modules.measuring import Labels, Measurer, require_full_sanity_check
 from lightning_modules.protocols import EVALUATION_DATA, UnlearningBatch, data_of
 from lightning_modules.references import ReferenceKind, check_reference, make_reference
-from lightning_modules.resuming import check_same_run, restore_rng, rng_states
+from lightning_modules.resuming import Progress, check_same_run, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable, save_model_folder
+from lightning_modules.stopwatch import Stopwatch
 
 
 class UnlearningModule(lightning.LightningModule):
@@ -98,6 +93,7 @@ class UnlearningModule(lightning.LightningModule):
         self.strict_loading = False
         self.measurer = Measurer()
         self.stopwatch = Stopwatch()
+        self.progress = Progress()
         self.model: nn.Module | None = None
         self.reference: Reference | None = None
         self._part: Importances | None = None
@@ -171,7 +167,7 @@ class UnlearningModule(lightning.LightningModule):
         data = data_of(self.trainer, *EVALUATION_DATA)
         self.measurer.start(data, data.val_split, None)
         # The sanity check of a resumed run may make up for an evaluation that was missed.
-        if self.objective.changes_at_end and epochs_done(self.trainer) > 0:
+        if self.objective.changes_at_end and self.progress.epochs(self.trainer) > 0:
             assert self.model is not None
             weights = trainable_weights(self.model)
             self._unfinished = {name: weight.clone() for name, weight in weights.items()}
@@ -194,7 +190,9 @@ class UnlearningModule(lightning.LightningModule):
             dataset=data_of(self.trainer, "name").name,
             seed=self.seed,
         )
-        self.measurer.finish(self.trainer, labels, stage="val", epoch=epochs_done(self.trainer))
+        self.measurer.finish(
+            self.trainer, labels, stage="val", epoch=self.progress.epochs(self.trainer)
+        )
         # Before any checkpoint is written: training goes on from where it was.
         with torch.no_grad():
             for name, weight in self._unfinished.items():
@@ -212,7 +210,7 @@ class UnlearningModule(lightning.LightningModule):
         return torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
 
     def on_fit_start(self) -> None:
-        """Check that the state before unlearning will be measured, and that SSD reads texts once.
+        """Check that all states are measured and that SSD reads once; catch up when resumed.
 
         Raises:
             UserError: The trainer's settings do not fit.
@@ -223,6 +221,7 @@ class UnlearningModule(lightning.LightningModule):
                 "`max_epochs` must be 1 for SSD, which reads all texts once, got "
                 f"{self.trainer.max_epochs}; set trainer.max_epochs: 1."
             )
+        self.progress.catch_up(self, self.measurer.measured_epochs())
 
     def on_fit_end(self) -> None:
         """Finish and save the changed model."""
@@ -242,6 +241,7 @@ class UnlearningModule(lightning.LightningModule):
         checkpoint["measurer"] = self.measurer.state()
         checkpoint["unlearn_seconds"] = self.stopwatch.seconds
         checkpoint["settings"] = self._settings()
+        checkpoint["epochs"] = self.progress.state(self.trainer)
         checkpoint["rng"] = rng_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -253,6 +253,7 @@ class UnlearningModule(lightning.LightningModule):
         check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
         self.measurer.load_state(checkpoint["measurer"])
         self.stopwatch = Stopwatch(checkpoint["unlearn_seconds"])
+        self.progress.load(checkpoint["epochs"])
         restore_rng(checkpoint["rng"])
 
     def _settings(self) -> dict[str, Any]:
@@ -271,29 +272,3 @@ class UnlearningModule(lightning.LightningModule):
             "seed": self.seed,
             "model_label": self.model_label,
         }
-
-
-class Stopwatch:
-    """Seconds of wall time while it ran.
-
-    Args:
-        seconds: What it shows at first.
-    """
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self._seconds = seconds
-        self._started: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """What it shows now."""
-        running = 0.0 if self._started is None else time.perf_counter() - self._started
-        return self._seconds + running
-
-    def start(self) -> None:
-        """Go on."""
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """Pause; once stopped, this does nothing."""
-        self._seconds, self._started = self.seconds, None

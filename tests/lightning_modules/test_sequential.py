@@ -101,8 +101,16 @@ def test_a_reference_stays_the_original_model(toy, tmp_path):
         assert not torch.equal(module.model.get_parameter(name), weight)
 
 
-@pytest.mark.parametrize("method", ["guard", "rmu"])
-def test_a_run_resumes_after_a_request(toy, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "every"),
+    [
+        ("guard", {"every_n_epochs": 1}),
+        ("rmu", {"every_n_epochs": 1}),
+        # The last batch of a request, whose evaluation the checkpoint does not hold yet.
+        ("rmu", {"every_n_train_steps": 3}),
+    ],
+)
+def test_a_run_resumes_after_a_request(toy, tmp_path, method, every):
     def settings():
         return descent() if method == "rmu" else {"guard": guard_settings(toy)}
 
@@ -114,7 +122,7 @@ def test_a_run_resumes_after_a_request(toy, tmp_path, method):
                 raise InterruptedError
             return super().train_dataloader()
 
-    checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, **every)
     changes = {"enable_checkpointing": True, "callbacks": [checkpoints]}
     with pytest.raises(InterruptedError):
         run(toy, tmp_path / "halves", changes, Interrupted("requests"), **settings())

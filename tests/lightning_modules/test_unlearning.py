@@ -204,6 +204,9 @@ def test_an_adapter_is_merged_before_an_attack(adapter, tmp_path, caplog, kind):
         ("npo", {}, {"every_n_epochs": 1}),
         ("npo", {**LORA, "reference": "adapter_off"}, {"every_n_train_steps": 4}),
         ("task_vector", {}, {"every_n_train_steps": 4}),
+        # The last batch of an epoch, whose evaluation the checkpoint does not hold yet.
+        ("npo", {}, {"every_n_train_steps": 3}),
+        ("task_vector", {}, {"every_n_train_steps": 3}),
     ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(toy, tmp_path, method, settings, every):
