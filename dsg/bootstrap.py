@@ -12,7 +12,8 @@ def bootstrap(statistic: Callable[..., float], *groups: Any) -> tuple[float | No
     """The 95 % percentile interval of a statistic of one or several samples.
 
     Args:
-        statistic: Takes one array per group, whose first axis counts the items.
+        statistic: Takes one array per group, whose first axis counts the items; NaN where the
+            resampled items leave it undefined.
         groups: The arrays; each is resampled by itself.
 
     Returns:
@@ -26,5 +27,5 @@ def bootstrap(statistic: Callable[..., float], *groups: Any) -> tuple[float | No
         statistic(*(array[generator.integers(len(array), size=len(array))] for array in arrays))
         for _ in range(NUM_RESAMPLES)
     ]
-    low, high = np.percentile(found, [2.5, 97.5])
+    low, high = np.nanpercentile(found, [2.5, 97.5])
     return float(low), float(high)

@@ -12,6 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from dsg.bootstrap import bootstrap
 from dsg.errors import UserError
 
 CHANCE = 0.25  # four options, one of them right
@@ -113,24 +114,16 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> Estimate:
     )
 
 
-def perplexity(
-    nll_sums: Sequence[float],
-    token_counts: Sequence[int],
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> Estimate:
+def perplexity(nll_sums: Sequence[float], token_counts: Sequence[int]) -> Estimate:
     """Token-weighted perplexity exp(sum of NLL / number of tokens), in nats.
 
     Args:
         nll_sums: Summed negative log-likelihood of each passage.
         token_counts: Predicted tokens of each passage, at least 0 each and 1 in all.
-        num_resamples: Bootstrap resamples of whole passages (tokens of one passage depend on each
-            other).
-        seed: Of the bootstrap, so that the interval is the same in every run.
 
     Returns:
-        The perplexity, the number of passages, and a percentile-bootstrap interval (None for a
-        single passage).
+        The perplexity, the number of passages, and a percentile-bootstrap interval over whole
+        passages, because tokens of one passage depend on each other (None for a single passage).
 
     Raises:
         UserError: The lengths differ or there is no token.
@@ -142,18 +135,19 @@ def perplexity(
             f"{losses.size} sums and {counts.size} counts of {counts.sum():.0f} tokens; pass one "
             "pair per passage."
         )
+
+    def mean_loss(passages: np.ndarray) -> float:
+        loss, tokens = passages.sum(axis=0)
+        return loss / tokens if tokens > 0 else math.nan
+
+    low, high = bootstrap(mean_loss, np.stack([losses, counts], axis=1))
     value = _exp(losses.sum() / counts.sum())
-    if losses.size == 1:
-        return Estimate(value, 1, None, None)
-    generator = np.random.default_rng(seed)
-    means = []
-    for _ in range(num_resamples):
-        drawn = generator.integers(losses.size, size=losses.size)
-        tokens = counts[drawn].sum()
-        if tokens > 0:
-            means.append(losses[drawn].sum() / tokens)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Estimate(value, losses.size, _exp(low), _exp(high))
+    return Estimate(
+        value,
+        losses.size,
+        None if low is None else _exp(low),
+        None if high is None else _exp(high),
+    )
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -166,31 +160,16 @@ def rouge_l_recall(prediction: str, reference: str) -> float:
     return _rouge_scorer().score(reference, prediction)["rougeL"].recall
 
 
-def bootstrap_mean(values: Sequence[float], num_resamples: int = 1000, seed: int = 0) -> Estimate:
+def bootstrap_mean(values: Sequence[float]) -> Estimate:
     """Mean over items with a percentile-bootstrap interval; no interval for one item.
-
-    Args:
-        values: One number per item.
-        num_resamples: Bootstrap resamples of the items.
-        seed: Of the bootstrap, so that the interval is the same in every run.
 
     Raises:
         UserError: There is no value.
     """
-    numbers = np.asarray(values, np.float64)
-    if numbers.size == 0:
+    if not values:
         raise UserError("`values` must hold at least one number, got none; check the items.")
-    mean = math.fsum(values) / numbers.size
-    if numbers.size == 1:
-        return Estimate(mean, 1, None, None)
-    generator = np.random.default_rng(seed)
-    # Row by row, so that a large benchmark needs no matrix of all resamples.
-    means = [
-        numbers[generator.integers(numbers.size, size=numbers.size)].mean()
-        for _ in range(num_resamples)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Estimate(mean, numbers.size, float(low), float(high))
+    low, high = bootstrap(np.mean, values)
+    return Estimate(math.fsum(values) / len(values), len(values), low, high)
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
