@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsg.calibration import calibrate_threshold, false_positive_rate
+from dsg.errors import UserError
 from dsg.guard import Guard
 from dsg.hooks import check_width, resolve_hook_point
 from dsg.identity import ModelIdentity, check_sae_place
@@ -92,7 +93,8 @@ def calibrate_guard(guard: Guard, settings: GuardSettings, measure: Measure) -> 
             `forget_heldout`; an empty tensor where a part has no text.
 
     Raises:
-        UserError: There is no calibration text, or the percentile is out of range.
+        UserError: There is no calibration text, the percentile is out of range, or a threshold
+            chosen by hand is, or its gate measures one.
     """
     facts: dict[str, Any] = {
         "mean_residual_norm": guard.residual_norm,
@@ -100,6 +102,23 @@ def calibrate_guard(guard: Guard, settings: GuardSettings, measure: Measure) -> 
     }
     if guard.gate == "token":  # nothing to calibrate: every sequence is edited
         return guard.replace(facts={**guard.facts, **facts})
+    if settings.threshold is None:
+        guard, facts["calibration"] = _calibrated(guard, settings, measure)
+        threshold = guard.threshold
+    else:
+        threshold = _given_threshold(settings)
+        guard = guard.replace(threshold=threshold)
+    rate = false_positive_rate(measure(guard, "retain_heldout"), threshold)
+    facts["false_positive_rate"] = asdict(rate) if rate.n else None
+    forget = measure(guard, "forget_heldout")
+    if forget.numel():
+        facts["forget_trigger_rate"] = asdict(false_positive_rate(forget, threshold))
+    return guard.replace(facts={**guard.facts, **facts})
+
+
+def _calibrated(
+    guard: Guard, settings: GuardSettings, measure: Measure
+) -> tuple[Guard, dict[str, Any]]:
     percentile = settings.threshold_percentile
     densities = measure(guard, "retain_calibration")
     threshold = calibrate_threshold(densities, percentile)
@@ -108,14 +127,18 @@ def calibrate_guard(guard: Guard, settings: GuardSettings, measure: Measure) -> 
         leak = min(max(threshold, low), high)
         guard = guard.replace(gate="cusum", leak=leak)
         threshold = calibrate_threshold(measure(guard, "retain_calibration"), percentile)
-    guard = guard.replace(threshold=threshold)
-    rate = false_positive_rate(measure(guard, "retain_heldout"), threshold)
-    facts["calibration"] = {"n": densities.numel(), "threshold_percentile": percentile}
-    facts["false_positive_rate"] = asdict(rate) if rate.n else None
-    forget = measure(guard, "forget_heldout")
-    if forget.numel():
-        facts["forget_trigger_rate"] = asdict(false_positive_rate(forget, threshold))
-    return guard.replace(facts={**guard.facts, **facts})
+    facts = {"n": densities.numel(), "threshold_percentile": percentile}
+    return guard.replace(threshold=threshold), facts
+
+
+def _given_threshold(settings: GuardSettings) -> float:
+    gate, threshold = settings.parts().gate, settings.threshold
+    if gate == "cusum" or threshold is None or not 0.0 <= threshold <= 1.0:
+        raise UserError(
+            "`threshold` must be in [0, 1] and its gate `density` or `window`, got "
+            f"{threshold} and {gate!r}; leave it out to measure it on retain text."
+        )
+    return threshold
 
 
 class GuardMaker:

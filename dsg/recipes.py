@@ -92,6 +92,9 @@ class GuardSettings:
     """Percentile of the forget/retain score ratio that a feature must reach."""
     threshold_percentile: float = 95.0
     """Percentile of the gate's statistic on retain texts that becomes the threshold."""
+    threshold: float | None = None
+    """A threshold chosen by hand, for the gates `density` and `window`, in [0, 1]. None takes the
+    percentile."""
     clamp_value: float = -500.0
     """Value written to the features, in units of `clamp_unit`."""
     clamp_scope: ClampScope | None = None

@@ -23,7 +23,7 @@ class Selection:
 
     Attributes:
         feature_ids: Ids in the SAE.
-        forget_scores: Score of each on forget text.
+        forget_scores: Score of each on forget text; 0 where there was none.
         ratios: Forget score over retain score of each; empty where no retain text was looked at.
     """
 
@@ -114,7 +114,7 @@ def select_ids(
     """Takes features that somebody has chosen, such as by reading their descriptions.
 
     Args:
-        forget: Statistics of forget text.
+        forget: Statistics of forget text, which there need not be.
         retain: Statistics of retain text.
         feature_ids: Ids in the SAE, most important first.
 
@@ -123,6 +123,8 @@ def select_ids(
     """
     _check_arguments(forget, retain, len(feature_ids))
     check_feature_ids(feature_ids, forget.d_sae)
+    if forget.num_tokens == 0:
+        return Selection(tuple(feature_ids), (0.0,) * len(feature_ids), ())
     scores, ratios = _scores(forget, retain, "mean_square")
     ids = list(feature_ids)
     return Selection(tuple(ids), tuple(scores[ids].tolist()), tuple(ratios[ids].tolist()))

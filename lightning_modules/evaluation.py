@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from dsg.guard import Guard
 from dsg.items import AnyBatch
 from dsg.recipes import GuardSettings
-from lightning_modules.guards import make_guard
+from dsg.results import read_run_facts, write_run_facts
+from lightning_modules.guards import describe, make_guard
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels, Measurer
 from lightning_modules.protocols import EVALUATION_DATA, Split, data_of
@@ -108,3 +109,6 @@ class EvaluationModule(lightning.LightningModule):
         )
         self.measurer.finish(self.trainer, labels, stage=stage)
         self.measurer.write_items(self.trainer)
+        if self.guard is not None and self.trainer.is_global_zero:
+            run_dir = self.trainer.default_root_dir
+            write_run_facts(run_dir, {**read_run_facts(run_dir), "guard": describe(self.guard)})

@@ -61,6 +61,18 @@ def remaking_settings(settings: GuardSettings, guard: Guard) -> GuardSettings:
     return GuardSettings(**{**stored, **sae, "artifact": None})
 
 
+def describe(guard: Guard) -> dict[str, Any]:
+    """What `run.json` tells of a guard: its features, its threshold and how it came about."""
+    return {
+        "feature_ids": guard.feature_ids,
+        "gate": guard.gate,
+        "threshold": guard.threshold,
+        "edit": guard.edit,
+        "clamp_value": guard.clamp_value,
+        **guard.facts,
+    }
+
+
 def guard_maker(
     settings: GuardSettings, model: PreTrainedModel, trainer: lightning.Trainer
 ) -> GuardMaker:

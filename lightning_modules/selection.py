@@ -83,6 +83,11 @@ class SelectionModule(lightning.LightningModule):
                 f"`artifact` must be left out where a guard is to be selected, got "
                 f"{guard.artifact!r}; remove it."
             )
+        if guard.threshold is not None:
+            raise UserError(
+                f"`threshold` must be left out where it is to be measured, got {guard.threshold}; "
+                "remove it."
+            )
         self.model_name = model_name
         self.guard_settings = guard
         self.experiment = experiment

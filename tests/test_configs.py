@@ -15,13 +15,14 @@ PARTS = [name for name in ALL if name.startswith("parts/")]
 # A grid is no configuration of its own; its tests check the ones that it is made of.
 RUNNABLE = [name for name in ALL if not name.startswith(("parts/", "grids/"))]
 
-NUM_RUNNABLE = 25
+NUM_RUNNABLE = 51
 # Part -> a runnable configuration that it is meant for.
 PARTS_IN_USE = {
     "parts/evade.yaml": "attack/relearn_full.yaml",
     "parts/maintenance.yaml": "attack/relearn_full.yaml",
     "parts/question_text.yaml": "attack/relearn_lora.yaml",
     "parts/related_text.yaml": "attack/relearn_lora.yaml",
+    "parts/stand_in.yaml": "reproduce/table_1_dsg.yaml",
     "parts/step_checkpoints.yaml": "attack/relearn_lora.yaml",
     "parts/train_time.yaml": "attack/relearn_lora.yaml",
     "parts/unlearn_lora.yaml": "unlearn/npo.yaml",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsg.build import build_guard
+from dsg.errors import UserError
 from dsg.making import GuardMaker
 from dsg.recipes import GuardSettings
 from dsg.splits import FORGET_FRACTIONS, split_by_hash
@@ -56,6 +57,25 @@ def test_dsg_is_what_build_guard_builds(model, tokenizer, make):
     assert guard.facts["false_positive_rate"] == expected.facts["false_positive_rate"]
     for name, buffer in expected.features.named_buffers():
         assert torch.equal(guard.features.get_buffer(name), buffer)
+
+
+def test_a_threshold_chosen_by_hand_is_kept(make, model, tokenizer):
+    measured, chosen = make(), make(threshold=0.25)
+    assert chosen.feature_ids == measured.feature_ids
+    assert chosen.threshold == 0.25 != measured.threshold
+    assert "calibration" not in chosen.facts
+    above = 0
+    for text in HELDOUT:
+        ids = torch.tensor(tokenizer([text])["input_ids"])
+        above += chosen.density(model, ids).item() > 0.25
+    rate = chosen.facts["false_positive_rate"]
+    assert (rate["value"], rate["n"]) == (above / len(HELDOUT), len(HELDOUT))
+
+
+@pytest.mark.parametrize("changes", [{"threshold": 1.5}, {"threshold": 0.5, "gate": "cusum"}])
+def test_a_threshold_that_cannot_be_chosen(make, changes):
+    with pytest.raises(UserError, match=r"`threshold` must be in \[0, 1\] and its gate"):
+        make(**changes)
 
 
 def test_static_clamp_is_dsg_without_its_gate(make):

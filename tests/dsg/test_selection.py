@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsg.errors import UserError
-from dsg.selection import select_fisher_ratio, select_frequency, select_random
+from dsg.selection import (
+    Selection,
+    select_fisher_ratio,
+    select_frequency,
+    select_ids,
+    select_random,
+)
 from dsg.statistics import FeatureStatistics
 
 
@@ -30,6 +36,12 @@ def test_hand_computed_selection():
     assert chosen.feature_ids == (1, 0)
     assert chosen.forget_scores == pytest.approx((8.0, 5.0))
     assert chosen.ratios == pytest.approx((4.0, 5.0))
+
+
+def test_chosen_features_need_no_forget_text():
+    some, none = statistics([5.0, 8.0, 1.0, 4.0]), FeatureStatistics(4)
+    assert select_ids(none, some, [2, 0]) == Selection((2, 0), (0.0, 0.0), ())
+    assert select_ids(some, some, [2, 0]).forget_scores == pytest.approx((1.0, 5.0))
 
 
 def test_ties_break_on_the_lower_id():

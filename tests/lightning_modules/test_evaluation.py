@@ -49,6 +49,17 @@ def test_rows_are_what_plain_scoring_measures(toy, tmp_path):
     assert all(row[key] == value for row in rows for key, value in constant.items())
 
 
+def test_the_run_tells_its_guard(toy, tmp_path):
+    module, _ = evaluate(toy, tmp_path, guard=guard_settings(toy))
+    told = json.loads((tmp_path / "run.json").read_text())["guard"]
+    assert (told["feature_ids"], told["threshold"]) == (
+        module.guard.feature_ids,
+        module.guard.threshold,
+    )
+    assert told["calibration"]["n"] == 16
+    assert len(told["sae"]["sha256"]) == 64
+
+
 def test_the_guard_triggers_on_some_but_not_on_all(toy, tmp_path):
     _, rows = evaluate(toy, tmp_path, guard=guard_settings(toy))
     rates = [row["value"] for row in rows if row["metric"] == "trigger_rate"]
