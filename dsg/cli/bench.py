@@ -1,14 +1,15 @@
-"""`dsg bench guard`: what a guard costs, measured on random weights of a model's shapes."""
+"""`dsg bench`: what a guard costs, on random weights of a model's shapes; see `bench_harness`."""
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsg.cli import bench_harness
+from dsg.cli.bench_tables import machine_facts, print_table
 from dsg.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guard.add_argument("--fast", action="store_true", help="fewer repeats and less text")
     guard.add_argument("--seed", type=int, default=0, help="of weights, tokens and selection")
     guard.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here too")
+    bench_harness.add_parser(benches)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,6 +67,10 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: An option is out of range.
     """
+    return bench_harness.run(options) if options.bench == "harness" else _run_guard(options)
+
+
+def _run_guard(options: argparse.Namespace) -> int:
     if "repeats" not in options:
         options.repeats = FAST_REPEATS if options.fast else REPEATS
     if "memory_tokens" not in options:
@@ -74,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
 
     from dsg.results import write_atomically
 
-    found = {"machine": _machine(), "options": _plain(options), **_measure(options)}
+    found = {"machine": machine_facts(), "options": _plain(options), **_measure(options)}
     _print_tables(found, Console())
     if options.json is not None:
         write_atomically(options.json, json.dumps(found, indent=2, sort_keys=True) + "\n")
@@ -151,7 +157,7 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
     options, machine = found["options"], found["machine"]
     shapes = f"d_in {options['d_in']}, d_sae {options['d_sae']}, {options['num_features']} features"
     active = found["edit"][0]["num_active"]
-    _print_table(
+    print_table(
         console,
         f"Dense edit / guard's edit, one triggered sequence ({shapes}, L0 {active:.0f})",
         ("tokens", "ratio", "range", "difference", "in eps", "dense error", "guard error"),
@@ -175,7 +181,7 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
         )
         + ".",
     )
-    _print_table(
+    print_table(
         console,
         "Guard / one decoder layer of gemma-2-2b's proportions",
         ("tokens", "untriggered", "triggered", "untriggered output"),
@@ -192,7 +198,7 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
         + "; ".join(f"{row['layer_seconds'] * 1e3:.1f} ms" for row in found["layer"])
         + ".",
     )
-    _print_table(
+    print_table(
         console,
         "Memory of selection",
         ("tokens", "peak increase", "all activations", "time"),
@@ -222,36 +228,6 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
         f"before the run {machine['load']}; medians of {options['repeats']} interleaved repeats.",
         highlight=False,
     )
-
-
-def _print_table(
-    console: "Console",
-    title: str,
-    header: tuple[str, ...],
-    rows: list[tuple[str, ...]],
-    note: str,
-) -> None:
-    from rich.table import Table
-
-    table = Table()
-    for name in header:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(f"[bold]{title}[/bold]", highlight=False)
-    console.print(table)
-    console.print(note + "\n", highlight=False)
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
