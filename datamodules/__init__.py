@@ -1,5 +1,6 @@
 """Lightning data modules, one data-set family per file."""
 
+from datamodules.mt_bench import MtBenchData
 from datamodules.multiple_choice import MultipleChoiceData
 from datamodules.muse import MuseData
 from datamodules.pretraining import TinyWorldCorpus
@@ -8,6 +9,7 @@ from datamodules.tiny_world_data import TinyWorldData, TinyWorldRequests
 from datamodules.tofu import TofuData
 
 __all__ = [
+    "MtBenchData",
     "MultipleChoiceData",
     "MuseData",
     "TextFilesCorpus",

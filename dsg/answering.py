@@ -60,7 +60,7 @@ def score_prompts(model: nn.Module, batch: PromptBatch, guard: AnyGuard | None =
     for place, row in enumerate(rows):
         generated[place, : len(row)] = torch.tensor(row, dtype=torch.long)
     return {
-        **{name: torch.tensor(column).double() for name, column in columns.items()},
+        **{name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()},
         "nll": _mean_losses(inner, batch.tokens, generated.to(output.device)),
         "triggered": triggered.double(),
         "density": density.double(),

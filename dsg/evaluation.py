@@ -11,11 +11,19 @@ from torch import Tensor
 
 from dsg import metrics
 from dsg.calibration import wilson
+from dsg.fluency import gibberish_rate
 from dsg.items import Item, Passage, Prompt, Question
+from dsg.separation import total_variation, tpr_at_fpr
 
 TIE_MARGIN = 1e-5  # float32 logits of one text differ by as much between paddings
 
 logger = logging.getLogger(__name__)
+
+_SEPARATION = {
+    "density_auroc": metrics.auroc,
+    "density_tpr_at_5_fpr": tpr_at_fpr,
+    "density_total_variation": total_variation,
+}
 
 AnyItem = TypeVar("AnyItem", bound=Item)
 
@@ -53,6 +61,7 @@ def summarise(
     forget_domains: Sequence[str] = ("forget",),
     prompts: Sequence[Prompt] = (),
     prompt_values: Mapping[str, Float[Tensor, " k"]] | None = None,
+    own_nll: Float[Tensor, " k"] | None = None,
 ) -> list[Measurement]:
     """Turn per-sample values into measurements.
 
@@ -66,13 +75,14 @@ def summarise(
             reported together under that name as well.
         prompts: The prompts that were continued, in any order.
         prompt_values: Their values in the order of the prompt ids.
+        own_nll: Loss of what the unguarded model says to the same prompts.
 
     Returns:
         Of each domain and pool: accuracy, in all and per form; of questions without a form also
         the probability of the right answer, with letters the share of each and whether the accuracy
-        lies below chance; trigger rate; perplexity of passages; ROUGE-L, repetition and loss of
-        continuations. Density AUROC of forget against retain; alignment. What was not measured is
-        left out.
+        lies below chance; trigger rate; perplexity of passages; ROUGE-L, repetition, loss and
+        gibberish of continuations. How well the density tells forget from retain; alignment. What
+        was not measured is left out.
     """
     ordered = in_id_order(questions)
     domains = _members(questions, forget_domains)
@@ -95,6 +105,9 @@ def summarise(
         prompt_domains = _members(prompts, forget_domains)
         for domain, rows in prompt_domains.items():
             found += _continuations(domain, rows, prompt_values)
+            if own_nll is not None and not all(math.isnan(loss) for loss in own_nll[rows]):
+                rate = gibberish_rate(prompt_values["nll"][rows].tolist(), own_nll[rows].tolist())
+                found.append(Measurement(domain, "gibberish_rate", "generation", **vars(rate)))
         found += _gate(prompt_domains, prompt_values, "generation")
     if baseline is not None and {"forget", "retain"} <= domains.keys():
         found.append(_alignment(ordered, domains, question_values, baseline))
@@ -216,11 +229,11 @@ def _gate(
         for domain, rows in domains.items()
     ]
     if {"forget", "retain"} <= domains.keys():
-        estimate = metrics.auroc(
-            values["density"][domains["forget"]].tolist(),
-            values["density"][domains["retain"]].tolist(),
-        )
-        found.append(Measurement("forget", "density_auroc", protocol, **vars(estimate)))
+        high, low = (values["density"][domains[name]].tolist() for name in ("forget", "retain"))
+        found += [
+            Measurement("forget", name, protocol, **vars(measure(high, low)))
+            for name, measure in _SEPARATION.items()
+        ]
     return found
 
 

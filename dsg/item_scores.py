@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
-from dsg.items import Item
+from dsg.items import Item, Passage, Question, item_key
 from dsg.results import ITEMS_FILE
 
 
@@ -33,7 +33,7 @@ def item_rows(
             "kind": kind,
             "domain": item.domain,
             "pool": item.pool,
-            "key": item.key,
+            "key": item.key or _content_key(item),
             "id": item.id,
             "text": None if texts is None else texts[place],
             **{name: column[place] for name, column in columns.items()},
@@ -78,3 +78,9 @@ def read_items(run_dir: str | Path) -> list[dict[str, Any]]:
     except pyarrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged ({reason}); run the evaluation again.") from error
+
+
+def _content_key(item: Item) -> str:
+    if isinstance(item, Question):
+        return item_key(item.prompt, *item.options)
+    return item_key(item.context, item.text) if isinstance(item, Passage) else item_key(item.text)

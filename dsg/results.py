@@ -57,6 +57,11 @@ _PACKAGES = (
     "sae-lens",
     "torchmetrics",
     "numpy",
+    "scipy",
+    "datasets",
+    "rouge-score",
+    "lm-eval",
+    "openai",
 )
 
 # The last word of the name decides, so that `hf_token` goes and `num_tokens` or `token_mask` stays.

@@ -1,5 +1,6 @@
 """Lightning modules, one per kind of run; each is a thin shell around `dsg`."""
 
+from lightning_modules.conversation import ConversationModule
 from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.finetuning import FinetuningModule
 from lightning_modules.pretraining import PretrainingModule
@@ -10,6 +11,7 @@ from lightning_modules.sequential import SequentialModule
 from lightning_modules.unlearning import UnlearningModule
 
 __all__ = [
+    "ConversationModule",
     "EvaluationModule",
     "FinetuningModule",
     "PretrainingModule",

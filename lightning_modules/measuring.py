@@ -175,7 +175,8 @@ class Measurer:
         for state in states:
             samples = {kind: values[state, kind] for kind in _KINDS}
             self.samples |= {(state, kind): of for kind, of in samples.items()}
-            measurements = self._measure(samples, forget_domains)
+            plain = values[states[0], "prompts"].get("nll")  # none and off come first
+            measurements = self._measure(samples, plain, forget_domains)
             if state in ("none", "off") and self._drift_metric is not None:
                 moved = self._drift_metric.by_id()
                 measurements += measure_drift(self.items["passages"], moved)
@@ -201,7 +202,7 @@ class Measurer:
             write_results(trainer.default_root_dir, self.rows)
 
     def _measure(
-        self, samples: dict[str, Values], forget_domains: Sequence[str]
+        self, samples: dict[str, Values], own_nll: Tensor | None, forget_domains: Sequence[str]
     ) -> list[Measurement]:
         measurements = summarise(
             self.items["questions"],
@@ -212,6 +213,7 @@ class Measurer:
             forget_domains=forget_domains,
             prompts=self.items["prompts"],
             prompt_values=samples["prompts"],
+            own_nll=own_nll,
         )
         if hasattr(self._data, "measure"):
             measurements += self._data.measure(self._split, samples)

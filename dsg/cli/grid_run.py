@@ -17,8 +17,10 @@ from dsg.cli.grid_files import Grid, named_configs
 from dsg.cli.grid_tables import attack_table, sweep_table
 from dsg.cli.grid_workers import Workers
 from dsg.cli.lightning_cli import resolve_benchmark, run_name
-from dsg.grid.cells import RUN_DIR, Cell
+from dsg.grid.cells import RUN_DIR, Cell, Command
 from dsg.grid.config import Sweep
+from dsg.grid.halves import METRIC as UNLEARNING_SCORE
+from dsg.grid.halves import score_rows
 from dsg.grid.kinds import quiet
 from dsg.grid.overrides import (
     Config,
@@ -114,6 +116,14 @@ def run_grid(grid: Grid, path: Path, run_dir: Path, jobs: int, console: Console)
     write_run_facts(run_dir, {**facts, "seconds": rounds.seconds, "failures": rounds.failures})
     if isinstance(grid, Sweep):
         console.print(sweep_table(lines))
+        for found in rows:
+            if found["metric"] == UNLEARNING_SCORE:
+                console.print(
+                    f"unlearning score {found['value']:.3f} [{found['low']:.3f}, "
+                    f"{found['high']:.3f}] (seed {found['seed']}, n {found['n']}), chosen on "
+                    f"validation questions: {found['experiment']}",
+                    highlight=False,
+                )
     elif rows:
         console.print(results_table(run_dir))
         console.print(attack_table(lines))
@@ -127,20 +137,27 @@ def run_grid(grid: Grid, path: Path, run_dir: Path, jobs: int, console: Console)
 
 
 def _run_sweep(grid: Sweep, config: Config, rounds: Rounds) -> list[dict[str, Any]]:
+    commands: tuple[Command, ...]
+    commands = ("validate", "test") if grid.command == "halves" else (grid.command,)
+    in_halves = len(commands) > 1
     cells: list[tuple[str, int, Cell]] = []
     for values in combinations(grid.grid):
         for seed in grid.seeds:
             base = changed(changed(with_seed(config, seed), quiet()), {**grid.fixed, **values})
             name = label(values)
-            cells.append((name, seed, Cell(f"{name}/seed_{seed}", grid.command, base)))
-    _prepare({"the sweep": (grid.command, cells[0][2].config)}, [cell for *_, cell in cells])
+            for command in commands:
+                folder = f"{name}/seed_{seed}" + (f"/{command}" if in_halves else "")
+                cells.append((name, seed, Cell(folder, command, base)))
+    first = {f"the sweep ({command})": (command, cells[0][2].config) for command in commands}
+    _prepare(first, [cell for *_, cell in cells])
     rounds.run("sweep", [cell for *_, cell in cells])
-    return [
+    rows = [
         {**found, "experiment": name, "seed": seed}
         for name, seed, cell in cells
         if cell.is_finished(rounds.run_dir)
         for found in cell.rows(rounds.run_dir)
     ]
+    return [*rows, *score_rows(rows)] if in_halves else rows
 
 
 def _run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -11,6 +11,7 @@ from dsg.report.measurements import method_name
 
 Line = Mapping[str, Any]
 
+_PROTOCOLS = ("cloze", "lm_eval", "dsg", "passages")
 _SWEEP = {
     "forget": ("forget", "accuracy"),
     "near": ("near", "accuracy"),
@@ -30,7 +31,10 @@ _ATTACK = {
 def sweep_table(lines: Sequence[Line]) -> Table:
     """Settings by measurements; accuracies in percent, means over the seeds."""
     title = "Means over seeds; accuracies in %"
-    served = [line for line in lines if line["guard"] != "off"]
+    reported = "test" if any(line["split"] == "test" for line in lines) else None
+    served = [
+        line for line in lines if line["guard"] != "off" and reported in (None, line["split"])
+    ]
     return _table(title, "settings", served, ("experiment",), _SWEEP)
 
 
@@ -55,7 +59,7 @@ def _table(
     table.add_column(first, overflow="fold")
     cells: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
     for line in lines:
-        if line["protocol"] in ("cloze", "passages"):
+        if line["protocol"] in _PROTOCOLS:
             row = cells.setdefault(tuple(line[key] for key in place), {})
             row[line["domain"], line["metric"]] = line["mean"]
     shown = {

@@ -19,8 +19,9 @@ _FAST_TEXTS = {"data.init_args.num_train_texts": 16}
 class Sweep:
     """Every combination of values with every seed, each a run of its own."""
 
-    command: Literal["fit", "validate", "test"]
-    """What runs a cell: `fit`, `validate` or `test`."""
+    command: Literal["fit", "validate", "test", "halves"]
+    """What runs a cell: `fit`, `validate`, `test`, or `halves`: `validate` and `test`, from which
+    the unlearning score of a guard's settings is made."""
     config: str
     """The runnable configuration, relative to the grid file."""
     seeds: list[int]

@@ -17,6 +17,7 @@ GRIDS = Path(__file__).parents[2] / "configs" / "grids"
 FILES = sorted(GRIDS.rglob("*.yaml"))
 # Cells of the papers' grids: the product of the values in the table.
 TABLES = {
+    "table_3_dsg": 2 * 3 * 8,
     "table_4_rmu": 10 * 7 * 2 * 2,
     "table_5_scrub": 6 * 3 * 2 * 2,
     "table_6_ssd": 6 * 6,

@@ -36,3 +36,17 @@ def measure(cell: Cell, run_dir: Path) -> None:
         raise UserError(f"`lr` must be positive, got {rate}; raise it.")
     fields = {"domain": "forget", "protocol": "cloze", "method": "tiny", "metric": "accuracy"}
     write_results(cell.folder(run_dir), [row(value=rate + seed, **fields)])
+
+
+def measure_halves(cell: Cell, run_dir: Path) -> None:
+    """Stands for a guarded evaluation: forgets more, and loses more, with a larger `lr`."""
+    rate = cell.config["model"]["init_args"]["lr"]
+    split = {"validate": "validation", "test": "test"}[cell.command]
+    fields = {"protocol": "cloze", "metric": "accuracy", "n": 100, "split": split}
+    accuracies = {("off", "forget"): 1, ("off", "retain"): 1}
+    accuracies |= {("on", "forget"): 1 - rate, ("on", "retain"): 1 if rate < 0.5 else 0.9}
+    rows = [
+        row(guard=guard, domain=domain, value=value, **fields)
+        for (guard, domain), value in accuracies.items()
+    ]
+    write_results(cell.folder(run_dir), rows)

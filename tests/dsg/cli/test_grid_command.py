@@ -98,6 +98,18 @@ def test_a_sweep_runs_every_combination_with_every_seed(sweep, capsys):
     }
 
 
+def test_a_sweep_in_halves_gives_the_unlearning_score(sweep, capsys, monkeypatch):
+    monkeypatch.setattr(grid_workers, "WORK", "tests.dsg.cli.grid_work:measure_halves")
+    assert run(sweep(command="halves", seeds=[0]), "--jobs", "1", "--run_dir", "r") == 0
+    assert sorted(marks("r")) == [
+        f"cells/lr={lr}/seed_0/{command}" for lr in (0.25, 0.5) for command in ("test", "validate")
+    ]
+    # 0.5 forgets more but keeps too little.
+    line = table("r")["lr=0.25", "unlearning_score"]
+    assert (line["mean"], line["split"], line["n_seeds"]) == ("0.25", "test", "1")
+    assert "chosen on validation questions: lr=0.25" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.usefixtures("quick")
 def test_resuming_does_only_what_is_missing_or_new(sweep, capsys):
     assert run(sweep(), "--jobs", "1", "--run_dir", "r") == 0
