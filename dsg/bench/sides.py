@@ -29,9 +29,10 @@ _PATIENCE = 10.0  # seconds
 
 
 class Answered(NamedTuple):
-    """One run over all questions: seconds, scores, and the memory that was needed so far."""
+    """One run over all questions: its time, scores, and the memory that was needed so far."""
 
     seconds: float
+    processor_seconds: float
     scores: Scores
     peak_bytes: int
 
@@ -129,10 +130,11 @@ def _serve(connection: Connection, side: Side, workload: Workload, num_threads: 
             before = highest_memory()
             while True:
                 batch_size = connection.recv()
-                start = time.perf_counter()
+                start = time.perf_counter(), time.process_time()
                 scores = answer(model, tokenizer, questions, batch_size)
-                seconds = time.perf_counter() - start
-                connection.send(Answered(seconds, scores, highest_memory() - before))
+                end = time.perf_counter(), time.process_time()
+                peak = highest_memory() - before
+                connection.send(Answered(end[0] - start[0], end[1] - start[1], scores, peak))
         except EOFError:
             return
         except Exception:

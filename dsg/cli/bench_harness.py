@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict
+from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,11 +172,7 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
                 _row("dsg", one["ours"], one["num_questions"]),
                 _row("dsg, same batch", one["ours_alike"], one["num_questions"]),
             ],
-            f"dsg is {one['speed_ratio']:.2f}x as fast ({one['lowest_ratio']:.2f}-"
-            f"{one['highest_ratio']:.2f}x) and takes {_share(one, 'ours'):.2f}x the memory, "
-            f"{_share(one, 'ours_alike'):.2f}x at the same batch size. "
-            f"{'The same answers' if one['same_answers'] else 'OTHER ANSWERS'}; "
-            f"log-probabilities differ by up to {one['largest_difference']:.1e} nats.",
+            _verdict(one),
         )
     console.print(
         f"Random Gemma 2: {options['num_layers']} layers, width {options['d_model']}, "
@@ -202,3 +199,18 @@ def _row(name: str, cost: dict[str, Any], num_questions: int) -> tuple[str, ...]
 def _share(comparison: dict[str, Any], side: str) -> float:
     """Peak memory of a side as a share of the harness's."""
     return comparison[side]["peak_bytes"] / max(1, comparison["harness"]["peak_bytes"])
+
+
+def _verdict(comparison: dict[str, Any]) -> str:
+    ratio, lowest, highest, difference = (
+        comparison[name]
+        for name in ("speed_ratio", "lowest_ratio", "highest_ratio", "largest_difference")
+    )
+    processor = (comparison[side]["processor_seconds"] for side in ("harness", "ours"))
+    return (
+        f"dsg is {ratio:.2f}x as fast ({lowest:.2f}-{highest:.2f}x; {truediv(*processor):.2f}x in "
+        f"processor time) and takes {_share(comparison, 'ours'):.2f}x the memory, "
+        f"{_share(comparison, 'ours_alike'):.2f}x at the same batch size. "
+        f"{'The same answers' if comparison['same_answers'] else 'OTHER ANSWERS'}; "
+        f"log-probabilities differ by up to {difference:.1e} nats."
+    )

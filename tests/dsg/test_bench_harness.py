@@ -20,9 +20,18 @@ from dsg.errors import UserError
 
 LETTERS = Workload("letter", 5, d_model=16, num_layers=2, vocab_size=40, seed=0)
 CLOZE = replace(LETTERS, kind="cloze")
-COST = SideCost("ours", 4, {"1": 3.0, "4": 2.0}, 2.0, 1.5, 2.5, 20_000_000)
+COST = SideCost("ours", 4, {"1": 3.0, "4": 2.0}, 2.0, 1.5, 2.5, 1.6, 20_000_000)
 COMPARISON = Comparison(
-    "letter", 64, replace(COST, side="harness", seconds=4.0), COST, COST, 2.0, 1.6, 2.4, 1e-6, True
+    "letter",
+    64,
+    replace(COST, side="harness", seconds=4.0, processor_seconds=4.8),
+    COST,
+    COST,
+    2.0,
+    1.6,
+    2.4,
+    1e-6,
+    True,
 )
 
 
@@ -93,7 +102,7 @@ class FakeWorker:
     asked: ClassVar[list] = []
 
     def __init__(self, side, workload):
-        self.side, self.calls = side, 0
+        self.side, self.calls, self.searching = side, 0, len(self.asked) < 2
         assert workload is LETTERS
 
     def __enter__(self):
@@ -107,10 +116,12 @@ class FakeWorker:
     def run(self, batch_size):
         self.calls += 1
         self.mine.append(batch_size)
-        warm = self.seconds[self.side][batch_size] + (100.0 if self.calls == 1 else self.calls)
+        # Measured runs take longer each time, the first of them longest.
+        slower = 0.0 if self.searching else 100.0 if self.calls == 1 else self.calls
+        seconds = self.seconds[self.side][batch_size] + slower
         shift = 0.25 if self.side == "harness" else 0.0
         scores = [[shift, 1.0 + shift, 0.0, 0.0]] * 5
-        return Answered(warm, scores, 1000 * self.calls * batch_size)
+        return Answered(seconds, seconds / 2, scores, 1000 * self.calls * batch_size)
 
 
 @pytest.fixture
@@ -122,8 +133,8 @@ def asked(monkeypatch):
 
 def test_each_side_is_measured_at_its_own_best_batch_size(asked):
     found = compare(LETTERS, [1, 2, 4, 8, 16], repeats=3, search_repeats=2)
-    # Two runs each; beyond 1.5 times the best no larger size is tried.
-    assert asked[0] == ("harness", [1, 1, 2, 2, 4, 4, 8, 8, "end"])
+    # Two rounds; a size that takes 1.5 times the best is the last, and not tried again.
+    assert asked[0] == ("harness", [1, 2, 4, 8, 1, 2, 4, "end"])
     assert asked[1][0] == "ours"
     measured = [(side, calls[:-1]) for side, calls in asked[2:]]
     assert measured == [("harness", [2] * 4), ("ours", [1] * 4), ("ours", [2] * 4)]
@@ -133,6 +144,7 @@ def test_each_side_is_measured_at_its_own_best_batch_size(asked):
     assert (found.harness.lowest_seconds, found.harness.highest_seconds) == (8.0, 10.0)
     assert (found.harness.seconds, found.ours.seconds) == (9.0, 6.0)
     assert found.speed_ratio == 9 / 6
+    assert (found.harness.processor_seconds, found.ours.processor_seconds) == (4.5, 3.0)
     assert (found.lowest_ratio, found.highest_ratio) == (10 / 7, 8 / 5)
     assert (found.harness.peak_bytes, found.ours.peak_bytes) == (8000, 4000)
     assert found.largest_difference == 0.25
@@ -186,7 +198,11 @@ def measured(monkeypatch):
 def test_tables_say_what_was_measured_and_a_run_directory_keeps_it(measured, tmp_path, capsys):
     assert run("--run_dir", str(tmp_path / "run")) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("2.00x as fast (1.60-2.40x)", "1.00x the memory", "│ 4 │ 4 │ 1.5-2.5 │ 16 │"):
+    for text in (
+        "2.00x as fast (1.60-2.40x; 3.00x in processor time)",
+        "1.00x the memory",
+        "│ 4 │ 4 │ 1.5-2.5 │ 16 │",
+    ):
         assert text in printed, text
     assert [call[0].kind for call in measured] == ["letter", "cloze"]
     assert measured[0][0] == Workload("letter", 64, 256, 6, 8192, 0)
