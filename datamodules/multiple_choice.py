@@ -1,13 +1,16 @@
 """Questions with four choices as Lightning data: WMDP, MMLU and files of the same fields."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 from torch.utils.data import DataLoader
 
+from datamodules.choice_pools import Pool, check_names, check_unused
 from datamodules.choice_rows import MMLU, WMDP, read_sets
+from datamodules.choice_training import AttackText, ChoiceTraining
 from datamodules.corpora import Corpora, CorpusSettings
 from datamodules.guard_texts import selection_loader
 from datamodules.loading import BatchSize, load_tokenizer, question_loader
@@ -20,11 +23,10 @@ from dsg.items import Passage, Protocol, Question
 from dsg.permutations import Rule
 from dsg.prompts import ChoiceRow, make_question, rows_digest
 from dsg.question_filter import FilteredModel, QuestionFilter, load_config
-from dsg.splits import split_by_hash, texts_digest
+from dsg.splits import describe_texts, split_by_hash, texts_digest
 from dsg.subjects import MMLU_SUBJECTS, WMDP_TOPICS, expand_sets
 
 Split = Literal["validation", "test"]
-Pool = Literal["forget", "retain"]
 _HALVES = (0.5, 0.5)
 
 
@@ -41,8 +43,9 @@ class MultipleChoiceData(lightning.LightningDataModule):
         retain: Likewise; also `utility_bio` and `utility_cyber`, the papers' subjects for the two
             WMDP sets, and `all` of MMLU.
         protocol: How questions are asked, see `dsg.prompts`.
-        task: What the run is for: `evaluate`; `select` features from `corpora`; or `filter`, where
-            `validate` reads all orders of the choices of all questions.
+        task: What the run is for: `evaluate`; `select` features from `corpora`; `filter`, where
+            `validate` reads all orders of the choices of all questions; or what `fit` trains on:
+            pairs of forget and retain text of `corpora` (`unlearn`) or the attacker's (`relearn`).
         keep: A question filter's `questions.json` or run directory; None asks all questions.
         keep_rule: Which of its questions to keep.
         base_model_name: The model that the filter was made with, where `model_name` is a changed
@@ -51,12 +54,19 @@ class MultipleChoiceData(lightning.LightningDataModule):
         batch_size: Questions of a batch; `auto` fills batches up to a number of tokens.
         max_length: Tokens that a prompt with its answer may have; None takes the model's context.
         allow_truncation: Cut longer prompts on the left, and count them, rather than refuse them.
-        corpora: Texts from which guards are made; None where none is.
+        corpora: Texts from which guards are made, and which train; None where none are needed.
+        train_batch_size: Rows of a training batch; of each kind for `unlearn`.
+        train_length: Tokens of a training row; longer texts become several.
+        attack_text: The attacker's: `forget` text mixed 1:1 with retain text; or all `questions` of
+            `forget`, also those that are not kept, with their right answers.
+        allow_overlap: The attacker's text states evaluated facts; `questions` need this said.
+        seed: Decides the order of training text.
         wmdp: Hub name (`@revision` pins it) or folder of WMDP.
         mmlu: Hub name or folder of MMLU.
 
     Raises:
-        UserError: A set is unknown, comes twice, or there is none.
+        UserError: A set is unknown, comes twice, or there is none; or an overlap that nobody
+            allowed.
     """
 
     def __init__(
@@ -65,7 +75,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
         forget: list[str],
         retain: list[str],
         protocol: Protocol = "lm_eval",
-        task: Literal["evaluate", "select", "filter"] = "evaluate",
+        task: Literal["evaluate", "select", "filter", "unlearn", "relearn"] = "evaluate",
         keep: str | None = None,
         keep_rule: Rule = "correct",
         base_model_name: str | None = None,
@@ -74,6 +84,11 @@ class MultipleChoiceData(lightning.LightningDataModule):
         max_length: int | None = None,
         allow_truncation: bool = False,
         corpora: CorpusSettings | None = None,
+        train_batch_size: int = 8,
+        train_length: int = 512,
+        attack_text: AttackText = "forget",
+        allow_overlap: bool = False,
+        seed: int = 0,
         wmdp: str = WMDP,
         mmlu: str = MMLU,
     ) -> None:
@@ -82,7 +97,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
             "forget": expand_sets("forget", forget),
             "retain": expand_sets("retain", retain),
         }
-        _check_names(self.names)
+        check_names(self.names)
         if task == "filter" and protocol == "cloze":
             raise UserError(
                 "`protocol` must be 'lm_eval' or 'dsg' for the task 'filter', got 'cloze', which "
@@ -101,6 +116,15 @@ class MultipleChoiceData(lightning.LightningDataModule):
         self.allow_truncation = allow_truncation
         self.sources = {"wmdp": wmdp, "mmlu": mmlu}
         self.corpora = None if corpora is None else Corpora(corpora)
+        self.attack_text: AttackText = attack_text
+        self.training = ChoiceTraining(
+            task,
+            attack_text,
+            allow_overlap=allow_overlap,
+            batch_size=train_batch_size,
+            max_length=train_length,
+            seed=seed,
+        )
         self.tokenizer: Any = None
 
     def setup(self, stage: str) -> None:
@@ -115,6 +139,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
         self._filter_facts: dict[str, Any] | None = None
         self._revisions: dict[str, str | None] = {}
         self._questions: dict[Split, list[Question]] = {"validation": [], "test": []}
+        self._train_texts: dict[str, list[str]] = {}
         if self.task == "select":
             return
         if self.max_length is None:
@@ -122,13 +147,15 @@ class MultipleChoiceData(lightning.LightningDataModule):
             self.max_length = getattr(text, "max_position_embeddings", None)
         for pool, names in self.names.items():
             for subject, rows in read_sets(names, **self.sources).items():
-                _check_unused(subject, pool, self.pools)
+                check_unused(subject, pool, self.pools)
                 self.sets[subject], self.pools[subject] = rows, pool
         # Now, because the network may be gone when the run ends.
         self._revisions = self._find_revisions()
+        forget = [row for n, rows in self.sets.items() if self.pools[n] == "forget" for row in rows]
+        self._train_texts = self.training.texts(forget, self)
         if self.keep is not None:
             self._filter_facts = self._filter(self.keep)
-        if self.task == "evaluate":
+        if self.task != "filter":
             self._make_questions()
 
     def questions(self, split: Split) -> list[Question]:
@@ -155,6 +182,10 @@ class MultipleChoiceData(lightning.LightningDataModule):
     def heldout_texts(self) -> Sequence[str]:
         """Held-out texts of `corpora`."""
         return self._given_corpora().heldout_texts()
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of what `task` trains on."""
+        return self.training.loader(self.tokenizer, self._train_texts, self.trainer)
 
     def val_dataloader(self) -> DataLoader:
         """Questions of `val_split`, the guard's texts, or all orders of all questions."""
@@ -196,6 +227,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
             "truncated_prompts": self.num_truncated,
             "filter": self._filter_facts,
             "corpora": self.corpora.facts() if self.corpora else {},
+            "training": {kind: describe_texts(of) for kind, of in self._train_texts.items()},
         }
         if questions and self.protocol != "cloze":
             found["letter_ids"] = self._letter_ids(questions[0])
@@ -219,6 +251,8 @@ class MultipleChoiceData(lightning.LightningDataModule):
                 question = make_question(
                     self.protocol, row, self.tokenizer, id=len(half), pool=self.pools[subject]
                 )
+                if self.training.shows_answers and self.pools[subject] == "forget":
+                    question = replace(question, shown=True)
                 fitting = self.fit(question)
                 self.num_truncated += fitting is not question
                 half.append(fitting)
@@ -248,22 +282,3 @@ class MultipleChoiceData(lightning.LightningDataModule):
                 "`retain` there, or load a saved guard (`artifact`)."
             )
         return self.corpora
-
-
-def _check_names(names: dict[Pool, list[str]]) -> None:
-    if not any(names.values()):
-        raise UserError("`forget` or `retain` must name a set of questions, got none; name one.")
-    both = sorted({*names["forget"]} & {*names["retain"]})
-    if both:
-        raise UserError(
-            f"`forget` and `retain` must not share a set, got {', '.join(both)} in both; remove it "
-            "from one of them."
-        )
-
-
-def _check_unused(subject: str, pool: Pool, pools: dict[str, Pool]) -> None:
-    if subject in pools or (subject in ("forget", "retain") and subject != pool):
-        raise UserError(
-            f"every set must have a name of its own, got {subject!r} in `{pool}` where that name "
-            "is taken; rename the file or its subject."
-        )

@@ -41,8 +41,21 @@ def config(name: str) -> dict:
     return yaml.safe_load((CONFIGS / "reproduce" / f"{name}.yaml").read_text())
 
 
-GUARDED = [name for name in NAMES if "guard" in config(name)["model"]["init_args"]]
-ASKED = [name for name in GUARDED if config(name)["data"]["class_path"].endswith("ChoiceData")]
+def chosen(module: str, data: str) -> list[str]:
+    """The configurations that run this kind of module on this kind of data."""
+    names = {name: (config(name)["model"], config(name)["data"]) for name in NAMES}
+    return [
+        name
+        for name, (model, source) in names.items()
+        if model["class_path"].endswith(module) and source["class_path"].endswith(data)
+    ]
+
+
+ASKED = chosen("EvaluationModule", "ChoiceData")
+GUARDED_MUSE = chosen("EvaluationModule", "MuseData")
+UNLEARNED = chosen("UnlearningModule", "ChoiceData")
+UNLEARNED_MUSE = chosen("UnlearningModule", "MuseData")
+ATTACKED = chosen("RelearningModule", "ChoiceData")
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +115,17 @@ def run(command: str, name: str, *options: str) -> list[dict]:
 
 
 def test_the_rows_of_the_tables_are_there():
-    wmdp = {f"table_{table}_{method}" for table in (1, 10) for method in ("dsg", "farrell")}
-    assert wmdp <= set(ASKED)
-    assert set(GUARDED) - set(ASKED) == {"table_2_books_dsg", "table_2_news_dsg"}
+    def wmdp(*methods: str) -> set[str]:
+        return {f"table_{table}_{method}" for table in (1, 10) for method in methods}
+
+    assert wmdp("dsg", "farrell") <= set(ASKED)
+    assert wmdp("ga", "npo", "rmu", "scrub", "ssd") == set(UNLEARNED)
+    assert set(GUARDED_MUSE) == {"table_2_books_dsg", "table_2_news_dsg"}
     baselines = ("ga", "grad_diff", "npo", "rmu", "simnpo")
-    assert set(NAMES) - set(GUARDED) == {f"table_2_{method}" for method in baselines}
+    assert set(UNLEARNED_MUSE) == {f"table_2_{method}" for method in baselines}
+    assert set(ATTACKED) == {"relearn_wmdp_full", "relearn_wmdp_rmu"}
+    parts = (ASKED, GUARDED_MUSE, UNLEARNED, UNLEARNED_MUSE, ATTACKED)
+    assert sorted(name for part in parts for name in part) == NAMES
 
 
 @pytest.mark.usefixtures("question_filter")
@@ -140,7 +159,7 @@ def test_questions(name):
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("name", [name for name in GUARDED if name not in ASKED])
+@pytest.mark.parametrize("name", GUARDED_MUSE)
 def test_muse(name):
     rows = run("test", name, "-c", str(STAND_IN))
     values = {(row["guard"], row["domain"], row["metric"]): row["value"] for row in rows}
@@ -154,9 +173,54 @@ def test_muse(name):
             assert values[guard, domain, metric] is not None
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in GUARDED])
-def test_unlearning(name, here):
+@pytest.mark.parametrize("name", UNLEARNED_MUSE)
+def test_unlearning_muse(name, here):
     rows = run("fit", name, "--trainer.max_epochs", "1")
     assert {row["epoch"] for row in rows} == {0, 1}
     assert {row["metric"] for row in rows} >= {"verbmem", "knowmem", "privleak"}
     assert (here / f"runs/reproduce_{name}/model/config.json").is_file()
+
+
+@pytest.mark.usefixtures("question_filter")
+@pytest.mark.parametrize("name", UNLEARNED)
+def test_unlearning_on_questions(name, here):
+    given = config(name)
+    rows = run("fit", name, "--trainer.limit_train_batches", "2")
+    probabilities = measured(rows, "none", given["data"]["init_args"]["forget"])
+    assert set(probabilities) == {0.0, 1.0}
+    assert probabilities[0.0] != probabilities[1.0]
+    assert {row["split"] for row in rows} == {"test"}
+    facts = json.loads((here / f"runs/reproduce_{name}/run.json").read_text())
+    assert facts["data"]["training"]["forget"] == {
+        key: facts["data"]["corpora"]["forget"][0][key] for key in ("n", "sha256")
+    }
+    assert (here / f"runs/reproduce_{name}/model/config.json").is_file()
+
+
+@pytest.mark.usefixtures("question_filter")
+@pytest.mark.parametrize("name", ATTACKED)
+def test_relearning(name, here):
+    if name == "relearn_wmdp_rmu" and not (here / "runs/reproduce_table_1_rmu/model").is_dir():
+        run("fit", "table_1_rmu", "--trainer.limit_train_batches", "2")
+    guarded = "guard" in config(name)["model"]["init_args"]
+    stand_in = ("-c", str(STAND_IN)) if guarded else ()
+    rows = run("fit", name, *stand_in, "--trainer.max_epochs", "2")
+    assert {row["attack"] for row in rows} == {"relearn_full_questions"}
+    for guard in ("off", "on") if guarded else ("none",):
+        forget = measured(rows, guard, ["wmdp-bio"])
+        assert set(forget) == {0.0, 1.0, 2.0}
+        assert len(set(forget.values())) == 3
+    facts = json.loads((here / f"runs/reproduce_{name}/run.json").read_text())
+    # All questions, also the one that the filter left out.
+    assert facts["data"]["training"]["questions"]["n"] == 12
+
+
+def measured(rows: list[dict], guard: str, domains: list[str]) -> dict[float, float]:
+    """Probability of the right answers after each epoch, in one state of the guard."""
+    return {
+        row["epoch"]: row["value"]
+        for row in rows
+        if row["metric"] == "correct_probability"
+        and row["guard"] == guard
+        and row["domain"] in domains
+    }
