@@ -153,9 +153,10 @@ def _members(items: Sequence[Item], forget_domains: Sequence[str]) -> dict[str, 
             pooled.setdefault(item.pool, []).append(position)
         if item.domain in forget_domains:
             pooled.setdefault("forget", []).append(position)
-            if item.shown is not None:
-                part = "forget_shown" if item.shown else "forget_unshown"
-                pooled.setdefault(part, []).append(position)
+        is_forget = item.domain in forget_domains or item.pool == "forget"
+        if is_forget and item.shown is not None:
+            part = "forget_shown" if item.shown else "forget_unshown"
+            pooled.setdefault(part, []).append(position)
     return dict(sorted((members | pooled).items()))
 
 

@@ -124,6 +124,24 @@ def test_pools_letters_and_the_flag_are_reported():
     assert {m.protocol for m in found.values()} == {"lm_eval"}
 
 
+def test_shown_questions_of_a_forget_pool_are_reported_apart():
+    asked = [
+        Question(i, "set", None, "w1", LETTERS, 0, i == 0, protocol="lm_eval", pool="forget")
+        for i in range(3)
+    ]
+    right = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    values = {
+        "correct": right,
+        "correct_probability": right,
+        "margin": torch.ones_like(right),
+        "chosen": torch.zeros_like(right),
+        "density": torch.full_like(right, torch.nan),
+    }
+    found = {(m.domain, m.metric): m for m in summarise(asked, values, [], {})}
+    shown, unshown = found["forget_shown", "accuracy"], found["forget_unshown", "accuracy"]
+    assert ((shown.value, shown.n), (unshown.value, unshown.n)) == ((1.0, 1), (0.0, 2))
+
+
 def test_a_second_bos_is_refused(tokenizer):
     question = Question(0, "retain", None, "w1 <bos> w2", LETTERS, 0, protocol="lm_eval")
     with pytest.raises(UserError, match="at most one bos token '<bos>', got 2"):
