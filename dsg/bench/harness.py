@@ -70,7 +70,7 @@ class Comparison:
 
 
 def compare(
-    workload: Workload, batch_sizes: Sequence[BatchSize], repeats: int, search_repeats: int = 3
+    workload: Workload, batch_sizes: Sequence[BatchSize], repeats: int, search_repeats: int = 2
 ) -> Comparison:
     """Measures both sides, each in its own process and at the fastest of the batch sizes.
 
