@@ -169,14 +169,19 @@ def _option_log_probs(
     The options of a question continue one KV cache, so that the prompt is read only once.
     """
     prompts, options, copies = batch.prompts, batch.options, batch.num_options
-    prompt_mask = prompts.attention_mask
+    prompt_mask, scored = prompts.attention_mask, options.token_mask
+    log_probs = torch.zeros(scored.shape, dtype=torch.float64, device=scored.device)
+    goes_on = options.input_ids.shape[1] > 1
     with guarded(model, guard, decision="prompt", continuation="frozen") as forward:
         positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
         keep = {"logits_to_keep": 1} if forward.can_skip_logits else {}
-        first = forward(prompts, position_ids=positions, use_cache=True, **keep)
+        first = forward(prompts, position_ids=positions, use_cache=goes_on, **keep)
         triggered, density = forward.decision(len(prompts.input_ids))
-        logits = first.logits[:, -1:].repeat_interleave(copies, dim=0)
-        if options.input_ids.shape[1] > 1:
+        # All options begin at the same logits.
+        after_prompt = first.logits[:, -1].float().log_softmax(dim=-1)
+        beginnings = after_prompt.gather(1, options.input_ids[:, 0].reshape(-1, copies)).flatten()
+        log_probs[:, 0] = beginnings.double() * scored[:, 0]
+        if goes_on:
             # No logit is needed after an option's last token.
             known = TokenBatch(
                 options.input_ids[:, :-1],
@@ -187,16 +192,14 @@ def _option_log_probs(
             )
             forward.repeat_sequences(first.past_key_values, copies)
             start = prompt_mask.sum(1).repeat_interleave(copies)
-            rest = forward(
+            logits = forward(
                 known,
                 position_ids=start[:, None] + torch.arange(known.input_ids.shape[1]).to(start),
                 past_key_values=first.past_key_values,
                 use_cache=True,
-            )
-            logits = torch.cat([logits, rest.logits], dim=1)
-    scored = options.token_mask
-    # Only the options' tokens meet the softmax: with a large vocabulary it is the main cost.
-    log_probs = torch.zeros(scored.shape, dtype=torch.float64, device=logits.device)
-    losses = F.cross_entropy(logits[scored].float(), options.input_ids[scored], reduction="none")
-    log_probs[scored] = -losses.double()
+            ).logits
+            # Only the options' tokens meet the softmax: with a large vocabulary it is costly.
+            rest, ids = scored[:, 1:], options.input_ids[:, 1:]
+            losses = F.cross_entropy(logits[rest].float(), ids[rest], reduction="none")
+            log_probs[:, 1:][rest] = -losses.double()
     return log_probs, triggered, density

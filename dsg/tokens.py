@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg.errors import UserError
 
-AUTO_TOKENS = 16_384  # of a batch whose size is found automatically
 _UNCOUNTED_ROLES = ("pad", "bos", "eos", "sep", "cls", "mask")
 
 
@@ -162,7 +161,7 @@ def length_batches(lengths: Sequence[int], batch_size: int | Literal["auto"]) ->
     Args:
         lengths: Tokens per sample.
         batch_size: Largest number of samples per batch; `auto` fills each batch up to
-            `AUTO_TOKENS` tokens, padding included.
+            `auto_tokens()`, padding included.
 
     Returns:
         Batches of indices into `lengths`, ordered by (length, index).
@@ -176,13 +175,19 @@ def length_batches(lengths: Sequence[int], batch_size: int | Literal["auto"]) ->
             raise UserError(f"`batch_size` must be at least 1, got {batch_size}; raise it.")
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches: list[list[int]] = []
+    most = auto_tokens()
     for index in order:
         # The newest sample is the longest: the others are padded to it.
-        if batches and lengths[index] * (len(batches[-1]) + 1) <= AUTO_TOKENS:
+        if batches and lengths[index] * (len(batches[-1]) + 1) <= most:
             batches[-1].append(index)
         else:
             batches.append([index])
     return batches
+
+
+def auto_tokens() -> int:
+    """Tokens of a batch whose size is found automatically; a CPU gains nothing from large ones."""
+    return 16_384 if torch.cuda.is_available() else 2048
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

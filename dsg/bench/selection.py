@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsg.bench.edit import random_sae
+from dsg.bench.memory import highest_memory
 from dsg.hooks import hidden_states, read_activations, resolve_hook_point
 from dsg.statistics import collect_statistics
 from dsg.tokens import TokenBatch
@@ -112,7 +112,7 @@ def measure_memory_here(num_tokens: int, d_sae: int, seed: int) -> SelectionMemo
     """
     sae = random_sae(MEMORY_D_IN, d_sae, seed)
     model = _random_llama(MEMORY_D_IN, 1, seed)
-    before, start = _highest_memory(), time.perf_counter()
+    before, start = highest_memory(), time.perf_counter()
     batches = random_batches(num_tokens, MEMORY_BATCH, seed)
     statistics = collect_statistics(model, sae, "blocks.0.hook_resid_post", batches)
     seconds = time.perf_counter() - start
@@ -120,7 +120,7 @@ def measure_memory_here(num_tokens: int, d_sae: int, seed: int) -> SelectionMemo
         num_tokens=statistics.num_tokens,
         d_in=MEMORY_D_IN,
         d_sae=statistics.d_sae,
-        increase_bytes=_highest_memory() - before,
+        increase_bytes=highest_memory() - before,
         all_activations_bytes=4 * statistics.num_tokens * statistics.d_sae,
         seconds=seconds,
     )
@@ -206,16 +206,3 @@ def _random_llama(width: int, num_layers: int, seed: int) -> "LlamaForCausalLM":
         # The scale at which some of `random_sae`'s features are active.
         torch.nn.init.normal_(model.model.embed_tokens.weight, std=2.0)
     return model
-
-
-def _highest_memory() -> int:
-    """The most memory that was ever resident in this process, in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
-
-        # Not on Linux: a child begins with its parent's peak there.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak

@@ -83,7 +83,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "predict": ("run a model over data and return its predictions", _lightning("predict")),
     "check": ("say whether an SAE fits a model, before any experiment", _own("check")),
     "demo": ("the whole loop on the embedded benchmark or on your own text", _own("demo")),
-    "bench": ("measure the guard's speed and the memory of selection", _own("bench")),
+    "bench": ("measure a guard's cost, and evaluation beside lm-evaluation-harness", _own("bench")),
     "grid": ("tune, compare and attack methods over seeds, in parallel", _own("grid")),
     "compare": ("paired tests between two runs on the same items", _own("compare")),
     "report": ("write report.html from the results of a run", _report),

@@ -8,7 +8,7 @@ from dsg.collate import passage_collate, prompt_collate, question_collate
 from dsg.items import Prompt
 from dsg.per_sample import score
 from dsg.scoring import halving, score_passages, score_questions
-from dsg.tokens import AUTO_TOKENS, length_batches
+from dsg.tokens import auto_tokens, length_batches
 from tests.dsg.scoring_helpers import QUESTIONS, make_passages
 
 PROMPTS = [Prompt(i, "retain", f"w{i} w3", "w1", 3) for i in range(5)]
@@ -48,12 +48,12 @@ def test_one_item_that_does_not_fit_is_an_error(model, tokenizer):
 
 
 def test_automatic_batches_hold_a_number_of_tokens():
-    lengths = [1000] * 40 + [10] * 3 + [20_000]
+    lengths = [auto_tokens() // 16] * 40 + [10] * 3 + [2 * auto_tokens()]
     batches = length_batches(lengths, "auto")
     assert sorted(index for batch in batches for index in batch) == list(range(44))
     padded = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
     assert all(
-        tokens <= AUTO_TOKENS or len(batch) == 1
+        tokens <= auto_tokens() or len(batch) == 1
         for tokens, batch in zip(padded, batches, strict=True)
     )
     assert max(map(len, batches)) == 16
