@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -96,7 +97,10 @@ def measure_memory(num_tokens: int, d_sae: int, seed: int) -> SelectionMemory:
     # The package may lie in a folder that another process would not search.
     code = f"import sys\nsys.path[:] = {sys.path!r}\n{_MEASURE_HERE}"
     arguments = [sys.executable, "-c", code, str(num_tokens), str(d_sae), str(seed)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    # Freed tensors go back to the system at once: otherwise the peak tells which of them the
+    # allocator happened to keep, and differs by half from run to run.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"measuring the memory of selection failed:\n{done.stderr}")
     return SelectionMemory(**json.loads(done.stdout.splitlines()[-1]))
