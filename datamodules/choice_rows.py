@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsg.choices.prompts import LETTERS, ChoiceRow, row_key
+from dsg.choices.subjects import MMLU_SUBJECTS, WMDP_TOPICS, is_file_name
 from dsg.errors import UserError
 from dsg.hub import load_rows
-from dsg.prompts import LETTERS, ChoiceRow, row_key
-from dsg.subjects import MMLU_SUBJECTS, WMDP_TOPICS, is_file_name
 
 WMDP, MMLU = "cais/wmdp", "cais/mmlu"
 

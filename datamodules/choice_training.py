@@ -6,8 +6,8 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from datamodules.training_text import TrainingRow, pair_loader, running_rows, training_loader
+from dsg.choices.prompts import ChoiceRow, cloze_question
 from dsg.errors import UserError
-from dsg.prompts import ChoiceRow, cloze_question
 from dsg.splits import TextSource, check_texts
 
 AttackText = Literal["forget", "questions"]

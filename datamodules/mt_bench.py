@@ -10,7 +10,12 @@ from datamodules.corpora import Corpora, CorpusSettings
 from datamodules.loading import batch_loader, load_tokenizer
 from dsg.errors import UserError
 from dsg.hub import dataset_revision, load_rows, short_name
-from dsg.mt_bench import Conversation, ConversationBatch, chat_text, read_conversations
+from dsg.mt_bench.conversations import (
+    Conversation,
+    ConversationBatch,
+    chat_text,
+    read_conversations,
+)
 from dsg.splits import texts_digest
 from dsg.tokens import encode_texts, length_batches
 

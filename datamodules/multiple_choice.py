@@ -15,16 +15,16 @@ from datamodules.corpora import Corpora, CorpusSettings
 from datamodules.guard_texts import selection_loader
 from datamodules.loading import BatchSize, load_tokenizer, question_loader
 from datamodules.question_variants import variant_loader
+from dsg.choices.fitting import fit_question
+from dsg.choices.permutations import Rule
+from dsg.choices.prompts import ChoiceRow, make_question, rows_digest
+from dsg.choices.question_filter import FilteredModel, QuestionFilter, load_config
+from dsg.choices.subjects import MMLU_SUBJECTS, WMDP_TOPICS, expand_sets
 from dsg.collate import encode_question
 from dsg.errors import UserError
-from dsg.fitting import fit_question
 from dsg.hub import dataset_revision, short_name
 from dsg.items import Passage, Protocol, Question
-from dsg.permutations import Rule
-from dsg.prompts import ChoiceRow, make_question, rows_digest
-from dsg.question_filter import FilteredModel, QuestionFilter, load_config
 from dsg.splits import describe_texts, split_by_hash, texts_digest
-from dsg.subjects import MMLU_SUBJECTS, WMDP_TOPICS, expand_sets
 
 Split = Literal["validation", "test"]
 _HALVES = (0.5, 0.5)
@@ -42,7 +42,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
             (JSONL, JSON, CSV, Parquet) with `question`, `choices`, `answer`, maybe `subject`.
         retain: Likewise; also `utility_bio` and `utility_cyber`, the papers' subjects for the two
             WMDP sets, and `all` of MMLU.
-        protocol: How questions are asked, see `dsg.prompts`.
+        protocol: How questions are asked, see `dsg.choices.prompts`.
         task: What the run is for: `evaluate`; `select` features from `corpora`; `filter`, where
             `validate` reads all orders of the choices of all questions; or what `fit` trains on:
             pairs of forget and retain text of `corpora` (`unlearn`) or the attacker's (`relearn`).

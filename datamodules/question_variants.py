@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from torch.utils.data import DataLoader
 
 from datamodules.loading import batch_loader
+from dsg.choices.permutations import ORDERS, VARIANTS, variant
 from dsg.collate import encode_question, question_collate
-from dsg.permutations import ORDERS, VARIANTS, variant
 from dsg.tokens import length_batches
 
 if TYPE_CHECKING:

@@ -13,10 +13,17 @@ from dsg.errors import UserError
 from dsg.evaluation import Measurement
 from dsg.guard import Guard
 from dsg.item_scores import write_items
-from dsg.judge import JudgeSettings
-from dsg.mt_bench import COLUMNS, NUM_TURNS, Conversation, ConversationBatch, check_room, hold
-from dsg.mt_bench_grader import Grader
-from dsg.mt_bench_scores import (
+from dsg.mt_bench.conversations import (
+    COLUMNS,
+    NUM_TURNS,
+    Conversation,
+    ConversationBatch,
+    check_room,
+    hold,
+)
+from dsg.mt_bench.grader import Grader
+from dsg.mt_bench.judge import JudgeSettings
+from dsg.mt_bench.scores import (
     Answers,
     Ratings,
     answer_rows,

@@ -8,15 +8,15 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.calibration import wilson
+from dsg.choices.outcomes import Outcomes
+from dsg.choices.permutations import RULES, VARIANTS
+from dsg.choices.prompts import ChoiceRow, rows_digest
+from dsg.choices.question_filter import FILTER_FILE, FilteredModel, filter_content, write_filter
 from dsg.errors import UserError
 from dsg.hooks import unwrap
 from dsg.items import Protocol as QuestionProtocol
 from dsg.items import QuestionBatch
-from dsg.outcomes import Outcomes
 from dsg.per_sample import score
-from dsg.permutations import RULES, VARIANTS
-from dsg.prompts import ChoiceRow, rows_digest
-from dsg.question_filter import FILTER_FILE, FilteredModel, filter_content, write_filter
 from dsg.results import row, write_results
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels
@@ -29,7 +29,7 @@ class FilterData(Protocol):
     """All questions, and batches that hold each variant of each of them exactly once.
 
     The id of variant v of question i is `VARIANTS * i + v`, the sets' questions counted one set
-    after the other (`dsg.permutations`).
+    after the other (`dsg.choices.permutations`).
     """
 
     name: str
@@ -45,8 +45,8 @@ class QuestionFilterModule(lightning.LightningModule):
     """Asks every question in all 24 orders of its choices, with and without the question.
 
     Writes `questions.json` to the run directory: the keys of the questions that each rule of
-    `dsg.permutations.kept_rows` keeps, with the model's identity and the hash of the data. The
-    outcomes of each batch are on disk as soon as it is finished: a run that was killed goes on
+    `dsg.choices.permutations.kept_rows` keeps, with the model's identity and the hash of the data.
+    The outcomes of each batch are on disk as soon as it is finished: a run that was killed goes on
     after it with `--resume`, on any number of ranks.
 
     Args:

@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from datamodules.choice_rows import read_sets
+from dsg.choices.permutations import VARIANTS
+from dsg.choices.question_filter import FILTER_FILE, FilteredModel, filter_content, load_config
+from dsg.choices.subjects import expand_sets
 from dsg.cli.main import main
-from dsg.permutations import VARIANTS
-from dsg.question_filter import FILTER_FILE, FilteredModel, filter_content, load_config
 from dsg.results import read_results, row, write_results
-from dsg.subjects import expand_sets
 from tests.benchmark_folders import write_muse
 from tests.hub_folders import (
     write_bio_forget,

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from datamodules.choice_rows import parse_rows, read_sets
+from dsg.choices.subjects import MMLU_SUBJECTS
 from dsg.errors import UserError
-from dsg.subjects import MMLU_SUBJECTS
 from tests.choice_data import choice_rows, write_rows
 
 GOOD = {"question": "w1?", "choices": ["w1", "w2", "w3", "w4"], "answer": 2}

@@ -6,10 +6,10 @@ import pytest
 
 from datamodules.corpora import Corpus, CorpusSettings
 from datamodules.multiple_choice import MultipleChoiceData
+from dsg.choices.permutations import VARIANTS
+from dsg.choices.question_filter import FilteredModel, filter_content, load_config, write_filter
 from dsg.collate import encode_question
 from dsg.errors import UserError
-from dsg.permutations import VARIANTS
-from dsg.question_filter import FilteredModel, filter_content, load_config, write_filter
 from tests.choice_data import choice_rows, save_choice_model, write_rows
 
 BIO, GEOGRAPHY = choice_rows(20, subject="bio"), choice_rows(11, 1, subject="geography")

@@ -13,10 +13,10 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dsg.choices.prompts import ChoiceRow, cloze_question, lm_eval_question
 from dsg.collate import question_collate
 from dsg.errors import UserError
 from dsg.harness import GuardedLM
-from dsg.prompts import ChoiceRow, cloze_question, lm_eval_question
 from dsg.scoring import score_questions
 from dsg.tokens import uncounted_token_ids
 from tests.guard_reference import make_guard

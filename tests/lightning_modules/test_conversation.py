@@ -11,8 +11,8 @@ from datamodules.mt_bench import MtBenchData
 from dsg.compare import compare_runs
 from dsg.errors import UserError
 from dsg.item_scores import read_items
-from dsg.judge import JudgeSettings
-from dsg.mt_bench import hold
+from dsg.mt_bench.conversations import hold
+from dsg.mt_bench.judge import JudgeSettings
 from dsg.recipes import GuardSettings
 from dsg.results import read_results, read_run_facts
 from lightning_modules.conversation import ConversationModule

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from datamodules.multiple_choice import MultipleChoiceData
+from dsg.choices.permutations import VARIANTS
 from dsg.cli.main import main
 from dsg.errors import UserError
-from dsg.permutations import VARIANTS
 from dsg.results import read_results
 from lightning_modules import question_filter
 from lightning_modules.question_filter import QuestionFilterModule

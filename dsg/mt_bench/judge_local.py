@@ -7,8 +7,8 @@ import torch
 
 from dsg.errors import UserError
 from dsg.hub import first_line, parse_name
-from dsg.judge import JudgeSettings
-from dsg.judge_prompts import Message
+from dsg.mt_bench.judge import JudgeSettings
+from dsg.mt_bench.judge_prompts import Message
 
 _MAX_TOKENS = 2048  # of a judgement, where the settings leave it open
 

@@ -1,8 +1,8 @@
 """Has answers judged, many at a time, and keeps every judgement on disk.
 
-A judgement is known by everything that decides it (`dsg.judge.request_key`). What is on disk is not
-asked again, so a killed grading goes on where it stopped. Answers that are equal word for word,
-such as those of a guard that did not trigger and of the plain model, share their judgement.
+A judgement is known by everything that decides it (`dsg.mt_bench.judge.request_key`). What is on
+disk is not asked again, so a killed grading goes on where it stopped. Answers that are equal word
+for word, such as those of a guard that did not trigger and of the plain model, share theirs.
 """
 
 import json
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsg.judge import Judge, JudgeFailure, parse_rating
-from dsg.judge_prompts import Message
+from dsg.mt_bench.judge import Judge, JudgeFailure, parse_rating
+from dsg.mt_bench.judge_prompts import Message
 
 _REMINDER = (
     "Your reply held no rating. Reply with nothing but your rating from 1 to 10, in exactly this "
@@ -35,7 +35,7 @@ class Request:
     """One judgement to be made.
 
     Attributes:
-        key: All that decides it, see `dsg.judge.request_key`.
+        key: All that decides it, see `dsg.mt_bench.judge.request_key`.
         messages: What the judge is sent.
         seed: Tells repeats apart.
         about: What is judged, for readers of the file.

@@ -2,8 +2,8 @@
 
 import pytest
 
+from dsg.choices.outcomes import Outcomes
 from dsg.errors import UserError
-from dsg.outcomes import Outcomes
 
 
 def started(folder, rank=0, **settings):

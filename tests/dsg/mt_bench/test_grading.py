@@ -3,8 +3,8 @@ import logging
 
 import pytest
 
-from dsg.grading import Judgements, Request, grade
-from dsg.judge import JudgeFailure
+from dsg.mt_bench.grading import Judgements, Request, grade
+from dsg.mt_bench.judge import JudgeFailure
 
 
 class Oracle:

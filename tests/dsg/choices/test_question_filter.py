@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsg.errors import UserError
-from dsg.permutations import VARIANTS
-from dsg.question_filter import (
+from dsg.choices.permutations import VARIANTS
+from dsg.choices.question_filter import (
     FilteredModel,
     QuestionFilter,
     filter_content,
@@ -16,6 +15,7 @@ from dsg.question_filter import (
     weights_sample,
     write_filter,
 )
+from dsg.errors import UserError
 from tests.choice_data import choice_rows, save_choice_model
 
 MODEL = FilteredModel("google/gemma-2-2b-it", "abc", None, "gemma2", 26, 2304, 256000)

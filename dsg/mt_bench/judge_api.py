@@ -6,8 +6,8 @@ from typing import Any
 
 from dsg.errors import UserError
 from dsg.hub import first_line
-from dsg.judge import JudgeFailure, JudgeSettings
-from dsg.judge_prompts import Message
+from dsg.mt_bench.judge import JudgeFailure, JudgeSettings
+from dsg.mt_bench.judge_prompts import Message
 
 _OPENAI = "https://api.openai.com/v1"
 _NO_KEY = "none"  # servers of one's own ask for no key, but the client insists on one

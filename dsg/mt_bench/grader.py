@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from dsg.grading import Judgements, Request, grade
 from dsg.hub import short_name
-from dsg.judge import JudgeSettings, make_judge, request_key
-from dsg.judge_prompts import is_guided, load_prompts
-from dsg.mt_bench import NUM_TURNS, Conversation
-from dsg.mt_bench_scores import Answers, Ratings
+from dsg.mt_bench.conversations import NUM_TURNS, Conversation
+from dsg.mt_bench.grading import Judgements, Request, grade
+from dsg.mt_bench.judge import JudgeSettings, make_judge, request_key
+from dsg.mt_bench.judge_prompts import is_guided, load_prompts
+from dsg.mt_bench.scores import Answers, Ratings
 
 JUDGEMENTS_FILE = "judgements.jsonl"
 

@@ -4,8 +4,16 @@ import math
 
 import pytest
 
-from dsg.permutations import ORDERS, RULES, VARIANTS, has_trick, kept_rows, reordered, variant
-from dsg.prompts import ChoiceRow
+from dsg.choices.permutations import (
+    ORDERS,
+    RULES,
+    VARIANTS,
+    has_trick,
+    kept_rows,
+    reordered,
+    variant,
+)
+from dsg.choices.prompts import ChoiceRow
 from tests.choice_data import choice_rows, choice_tokenizer
 
 

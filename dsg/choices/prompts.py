@@ -6,10 +6,10 @@ The text of every prompt leaves out what the tokenizer adds by itself, such as i
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsg.choices.subjects import topic
 from dsg.errors import UserError
 from dsg.items import Protocol, Question, item_key
 from dsg.splits import texts_digest
-from dsg.subjects import topic
 
 LETTERS = ("A", "B", "C", "D")
 _INTRODUCTION = "The following are multiple choice questions (with answers) about {topic}.\n"

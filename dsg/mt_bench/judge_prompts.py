@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsg.errors import UserError
-from dsg.mt_bench import Conversation
+from dsg.mt_bench.conversations import Conversation
 
 Message = dict[str, str]
 

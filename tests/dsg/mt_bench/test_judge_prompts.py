@@ -3,8 +3,8 @@ import json
 import pytest
 
 from dsg.errors import UserError
-from dsg.judge_prompts import built_in_prompts, is_guided, load_prompts
-from dsg.mt_bench import Conversation
+from dsg.mt_bench.conversations import Conversation
+from dsg.mt_bench.judge_prompts import built_in_prompts, is_guided, load_prompts
 
 ANSWERS = ("my first answer", "my second answer")
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from dsg.errors import UserError, check_choice
 from dsg.hub import short_name
-from dsg.judge_prompts import Message
+from dsg.mt_bench.judge_prompts import Message
 
 LOWEST, HIGHEST = 1.0, 10.0
 Kind = Literal["api", "local"]
@@ -120,10 +120,10 @@ def make_judge(settings: JudgeSettings) -> Judge:
     """
     settings.check()
     if settings.kind == "local":
-        from dsg.judge_local import LocalJudge
+        from dsg.mt_bench.judge_local import LocalJudge
 
         return LocalJudge(settings)
-    from dsg.judge_api import ApiJudge
+    from dsg.mt_bench.judge_api import ApiJudge
 
     return ApiJudge(settings)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dsg.item_scores import read_items, write_items
-from dsg.mt_bench import COLUMNS, Conversation
-from dsg.mt_bench_scores import (
+from dsg.mt_bench.conversations import COLUMNS, Conversation
+from dsg.mt_bench.scores import (
     answer_rows,
     item_rows,
     mean_over_repeats,

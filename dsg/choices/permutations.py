@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+from dsg.choices.prompts import LETTERS, ChoiceRow, make_question
 from dsg.items import Protocol, Question
-from dsg.prompts import LETTERS, ChoiceRow, make_question
 
 Rule = Literal["correct", "correct_iff_question", "no_tricks"]
 RULES: tuple[Rule, ...] = get_args(Rule)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsg.choices.subjects import MMLU_SUBJECTS, SUBSETS, expand_sets, topic
 from dsg.errors import UserError
-from dsg.subjects import MMLU_SUBJECTS, SUBSETS, expand_sets, topic
 
 
 def test_subjects_and_topics_are_those_of_the_installed_harness():

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsg.collate import encode_question
-from dsg.errors import UserError
-from dsg.prompts import (
+from dsg.choices.prompts import (
     ChoiceRow,
     cloze_question,
     dsg_question,
@@ -17,6 +15,8 @@ from dsg.prompts import (
     row_key,
     rows_digest,
 )
+from dsg.collate import encode_question
+from dsg.errors import UserError
 from tests.choice_data import choice_rows, choice_tokenizer
 
 ROW = ChoiceRow("wmdp-cyber", " What is w1?\n", ("w2", " w3", "w4 ", "w5"), 2, "somekey")

@@ -12,7 +12,7 @@ from dsg.calibration import wilson
 from dsg.evaluation import Measurement
 from dsg.fluency import gibberish_rate
 from dsg.metrics import bootstrap_mean
-from dsg.mt_bench import NUM_TURNS, Conversation
+from dsg.mt_bench.conversations import NUM_TURNS, Conversation
 from dsg.scoring import Values
 
 DOMAIN = "mt_bench"
@@ -60,7 +60,7 @@ def measure_generations(
     """How the answers of each turn read, and how often the guard stepped in.
 
     Args:
-        values: `dsg.mt_bench.COLUMNS` of the answers.
+        values: `dsg.mt_bench.conversations.COLUMNS` of the answers.
         own: The same of the unguarded model's answers, the measure of gibberish.
         guarded: Whether a guard was attached.
         max_new_tokens: Answers of this length were cut off.

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from dsg.choices.permutations import RULES, Rule, kept_rows
+from dsg.choices.prompts import ChoiceRow, rows_digest
 from dsg.errors import UserError
 from dsg.hub import first_line, hub_error, looks_local, parse_name, short_name
 from dsg.items import Protocol
-from dsg.permutations import RULES, Rule, kept_rows
-from dsg.prompts import ChoiceRow, rows_digest
 from dsg.results import write_atomically
 
 FILTER_FILE = "questions.json"

@@ -2,9 +2,9 @@
 
 import pytest
 
+from dsg.choices.fitting import fit_question
 from dsg.collate import encode_question
 from dsg.errors import UserError
-from dsg.fitting import fit_question
 from dsg.items import Question
 from tests.helpers import BOS, tiny_tokenizer
 

@@ -1,0 +1,1 @@
+"""Multiple-choice questions of the field: prompts, sets, and the papers' question filter."""

@@ -1,0 +1,1 @@
+"""MT-Bench: conversations with a guarded model, and the judge who grades them."""
