@@ -12,7 +12,8 @@ from dsg.choices.subjects import MMLU_SUBJECTS, WMDP_TOPICS, is_file_name
 from dsg.errors import UserError
 from dsg.hub import load_rows
 
-WMDP, MMLU = "cais/wmdp", "cais/mmlu"
+WMDP = "cais/wmdp@7125571f22f032c56415e7980f48d877dd830ff8"
+MMLU = "cais/mmlu@c30699e8356da336a370243923dbaf21066bb9fe"
 
 
 def read_sets(

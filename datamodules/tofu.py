@@ -34,6 +34,8 @@ from dsg.splits import describe_texts
 
 Task = Literal["evaluate", "select", "finetune", "unlearn", "relearn"]
 
+TOFU = "locuslab/TOFU@324592d84ae4f482ac7249b9285c2ecdb53e3a68"
+
 # The configuration with perturbed answers of each domain but the forget set.
 _ASKED = {
     "retain": "retain_perturbed",
@@ -79,7 +81,7 @@ class TofuData(lightning.LightningDataModule):
     def __init__(
         self,
         model_name: str,
-        dataset: str = "locuslab/TOFU",
+        dataset: str = TOFU,
         forget_percent: Literal[1, 5, 10] = 10,
         retained: str | None = None,
         template: Template = "plain",

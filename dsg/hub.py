@@ -39,7 +39,8 @@ def load_rows(dataset: str, config: str | None, split: str) -> list[dict[str, An
 
     Args:
         dataset: Hub name, `@revision` pins it; a folder in the hub's layout (a dataset card with
-            its configurations, and Parquet files); or a JSONL, JSON, CSV or Parquet file.
+            its configurations, and Parquet files), which has no revisions and comes before a hub
+            name that reads the same; or a JSONL, JSON, CSV or Parquet file.
         config: Configuration of the data set; None where it has only one. Ignored for a file.
         split: Such as `test`, `test[:100]` or `train+test`. Ignored for a file.
 
@@ -66,15 +67,18 @@ def dataset_revision(dataset: str, config: str | None) -> str | None:
     Raises:
         UserError: As for `load_rows`.
     """
-    if Path(dataset).exists() or Path(dataset).suffix.lower() in ROW_FILES:
+    name, _ = parse_name(dataset)
+    if Path(name).exists() or Path(name).suffix.lower() in ROW_FILES:
         return None
     with _built(dataset, config) as builder:
         return builder.hash
 
 
 def short_name(name: str) -> str:
-    """How results call a model or data set: folders and files lose their place on this machine."""
-    return Path(name).name if Path(name).exists() else name
+    """How results call a model or data set: without the revision, and without the place of a folder
+    or file on this machine."""
+    bare, _ = parse_name(name)
+    return Path(bare).name if Path(bare).exists() else bare
 
 
 def looks_local(name: str) -> bool:
@@ -159,16 +163,17 @@ def _built(dataset: str, config: str | None) -> Iterator[Any]:
             f"({', '.join(ROW_FILES)}), got neither; check the path."
         )
     with contextlib.ExitStack() as stack:
-        cache = None
-        if Path(name).is_dir():
+        cache, is_folder = None, Path(name).is_dir()
+        if is_folder:
             # What is at hand needs no second copy in the user's cache.
             cache = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(_without_bars(datasets))
         try:
             builder = datasets.load_dataset_builder(
-                name, config, revision=revision, cache_dir=cache
+                name, config, revision=None if is_folder else revision, cache_dir=cache
             )
-            _check_revision(name, builder.hash, revision)
+            if not is_folder:
+                _check_revision(name, builder.hash, revision)
             builder.download_and_prepare()
         # Missing files, gated repositories and lost networks all arrive as other types.
         except Exception as error:

@@ -82,7 +82,7 @@ def test_a_folder_may_have_an_at_in_its_name(tmp_path):
     folder.mkdir()
     assert parse_name(str(folder)) == (str(folder), None)
     assert short_name(str(folder)) == "me@home"
-    assert short_name("org/name@v1") == "org/name@v1"
+    assert short_name("org/name@v1") == "org/name"
 
 
 def test_what_can_only_be_a_path(tmp_path):

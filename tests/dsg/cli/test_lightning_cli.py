@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import os
 import subprocess
 import sys
@@ -148,6 +149,15 @@ def test_trainer_that_cannot_be_had_is_one_line(write_config, capsys):
     assert os.listdir() == ["tiny.yaml"]
 
 
+@pytest.fixture
+def interruptible():
+    """A shell that starts the tests in the background lets them ignore Ctrl-C."""
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, outer)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_then_resume(write_config, capsys):
     config = write_config("InterruptedModule", trainer={"max_epochs": 4})
     logger = "--trainer.logger=lightning.pytorch.loggers.CSVLogger"
@@ -164,6 +174,7 @@ def test_interrupt_then_resume(write_config, capsys):
     assert epochs == [[0, 1], [2, 3]]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_without_checkpoint_says_to_start_again(write_config, capsys):
     trainer = {"max_epochs": 4, "enable_checkpointing": False}
     config = write_config("InterruptedModule", trainer=trainer)
