@@ -75,8 +75,7 @@ def dataset_revision(dataset: str, config: str | None) -> str | None:
 
 
 def short_name(name: str) -> str:
-    """How results call a model or data set: without the revision, and without the place of a folder
-    or file on this machine."""
+    """How results call a model or data set: without its revision, or a file's or folder's place."""
     bare, _ = parse_name(name)
     return Path(bare).name if Path(bare).exists() else bare
 

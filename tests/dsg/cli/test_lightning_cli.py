@@ -2,8 +2,8 @@
 
 import csv
 import json
-import signal
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
