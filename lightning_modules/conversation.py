@@ -35,7 +35,7 @@ from dsg.per_sample import PerSample
 from dsg.recipes import GuardSettings
 from dsg.results import read_run_facts, row, write_atomically, write_results, write_run_facts
 from dsg.scoring import AnyGuard, Values
-from lightning_modules.guards import make_guard
+from lightning_modules.guards import describe, make_guard
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels, metric_key
 from lightning_modules.protocols import data_of
@@ -155,6 +155,9 @@ class ConversationModule(lightning.LightningModule):
             lines = answer_rows(self.model_label, conversations, said)
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_atomically(folder / f"answers_{state}.jsonl", text)
+        assert self.model is not None
+        told = describe(self.model, self.guard)
+        write_run_facts(folder, {**read_run_facts(folder), **told})
         # Before the grading, so that a killed one leaves them.
         self._write_items(conversations, answers, values, {})
         ratings: dict[str, Ratings] = {}

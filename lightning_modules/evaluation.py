@@ -109,6 +109,8 @@ class EvaluationModule(lightning.LightningModule):
         )
         self.measurer.finish(self.trainer, labels, stage=stage)
         self.measurer.write_items(self.trainer)
-        if self.guard is not None and self.trainer.is_global_zero:
+        if self.trainer.is_global_zero:
+            assert self.model is not None
             run_dir = self.trainer.default_root_dir
-            write_run_facts(run_dir, {**read_run_facts(run_dir), "guard": describe(self.guard)})
+            facts = describe(self.model, self.guard)
+            write_run_facts(run_dir, {**read_run_facts(run_dir), **facts})

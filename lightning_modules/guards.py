@@ -1,5 +1,6 @@
 """Makes a run's guard from its settings and its data module's texts."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -7,6 +8,8 @@ from transformers import PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.guard import Guard
+from dsg.hub import short_name
+from dsg.identity import ModelIdentity
 from dsg.making import GuardMaker
 from dsg.recipes import GuardSettings
 from dsg.sae import load_sae
@@ -61,16 +64,20 @@ def remaking_settings(settings: GuardSettings, guard: Guard) -> GuardSettings:
     return GuardSettings(**{**stored, **sae, "artifact": None})
 
 
-def describe(guard: Guard) -> dict[str, Any]:
-    """What `run.json` tells of a guard: its features, its threshold and how it came about."""
-    return {
-        "feature_ids": guard.feature_ids,
-        "gate": guard.gate,
-        "threshold": guard.threshold,
-        "edit": guard.edit,
-        "clamp_value": guard.clamp_value,
-        **guard.facts,
-    }
+def describe(model: PreTrainedModel, guard: Guard | None) -> dict[str, Any]:
+    """What `run.json` tells of a model and its guard: where they come from and what they do."""
+    identity = asdict(ModelIdentity.of(model))
+    found: dict[str, Any] = {"model": {**identity, "name": short_name(identity["name"])}}
+    if guard is not None:
+        found["guard"] = {
+            "feature_ids": guard.feature_ids,
+            "gate": guard.gate,
+            "threshold": guard.threshold,
+            "edit": guard.edit,
+            "clamp_value": guard.clamp_value,
+            **guard.facts,
+        }
+    return found
 
 
 def guard_maker(

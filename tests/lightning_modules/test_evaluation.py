@@ -51,7 +51,9 @@ def test_rows_are_what_plain_scoring_measures(toy, tmp_path):
 
 def test_the_run_tells_its_guard(toy, tmp_path):
     module, _ = evaluate(toy, tmp_path, guard=guard_settings(toy))
-    told = json.loads((tmp_path / "run.json").read_text())["guard"]
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert (facts["model"]["name"], facts["model"]["num_layers"]) == ("model", 3)
+    told = facts["guard"]
     assert (told["feature_ids"], told["threshold"]) == (
         module.guard.feature_ids,
         module.guard.threshold,
