@@ -64,7 +64,7 @@ def test_a_revision_chooses_among_copies(gemma, cache):
     for revision in ("v1", OLD):
         assert load_model(f"org/name@{revision}").config.model_type == "llama"
     assert load_tokenizer("org/name@main").eos_token == "<eos>"
-    assert short_name("org/name@v1") == "org/name@v1"
+    assert short_name("org/name@v1") == "org/name"
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
