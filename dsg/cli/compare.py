@@ -10,6 +10,7 @@ from dsg.errors import UserError
 
 if TYPE_CHECKING:
     from dsg.compare import Comparison, Overlap
+    from dsg.paired import PairedTest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(first: Path, second: Path, found: "list[Comparison]", overlaps: "list[Overlap]") -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -70,31 +72,41 @@ def _print(first: Path, second: Path, found: "list[Comparison]", overlaps: "list
             f"only in A, {overlap.second_only} only in B",
             highlight=False,
         )
-    table = Table()
-    for name in ("guard", "kind", "domain", "metric"):
-        table.add_column(name)
-    for name in ("A", "B", "B - A", "95 % interval", "p", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for comparison in found:
-        test = comparison.test
-        interval = "-" if test.low is None else f"[{test.low:+.4f}, {test.high:+.4f}]"
-        table.add_row(
-            _states(comparison.guards),
-            comparison.kind,
-            comparison.domain,
-            comparison.metric,
-            f"{test.first:.4f}",
-            f"{test.second:.4f}",
-            f"{test.difference:+.4f}",
-            interval.replace("[", r"\["),
-            "<0.0001" if test.p < 0.0001 else f"{test.p:.4f}",
-            str(test.n),
+    parts = dict.fromkeys((one.guards, one.kind) for one in found)
+    for guards, kind in parts:
+        title = f"guard {_states(guards)}, {kind}"
+        table = Table(
+            title=title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
-    console.print(table)
+        # Names are folded where a terminal is narrow, numbers never.
+        table.add_column("domain", overflow="fold", min_width=8)
+        table.add_column("metric", overflow="fold", min_width=12)
+        for name in ("A", "B", "B - A [95 %]", "p", "n"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for one in found:
+            if (one.guards, one.kind) == (guards, kind):
+                metric = one.metric.replace("_", " ")  # a space is where a name may be folded
+                table.add_row(one.domain, metric, *_numbers(one.test))
+        console.print(table)
     console.print(
         "0/1 values: exact McNemar test, Newcombe's interval; others: sign-flip permutation test, "
         f"bootstrap over items. The {len(found)} p values are not corrected for their number.",
         highlight=False,
+    )
+
+
+def _numbers(test: "PairedTest") -> tuple[str, ...]:
+    interval = "" if test.low is None else rf" \[{test.low:+.3f}, {test.high:+.3f}]"
+    return (
+        f"{test.first:.3f}",
+        f"{test.second:.3f}",
+        f"{test.difference:+.3f}{interval}",
+        "<.001" if test.p < 0.001 else f"{test.p:.3f}",
+        str(test.n),
     )
 
 
