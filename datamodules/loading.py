@@ -77,10 +77,12 @@ def question_loader(
     tokenizer: Any, questions: Sequence[Question], batch_size: BatchSize, trainer: Any
 ) -> DataLoader:
     """Each question exactly once, those of similar length together."""
-    lengths = [max(map(len, encode_question(tokenizer, q)[1])) for q in questions]
+    encoded = {question: encode_question(tokenizer, question) for question in questions}
+    lengths = [max(map(len, encoded[question][1])) for question in questions]
     kinds = [(question.protocol, len(question.options)) for question in questions]
     batches = _batches_of_kinds(kinds, lengths, batch_size)
-    return batch_loader(questions, batches, trainer, question_collate(tokenizer), keep_rest=True)
+    collate = question_collate(tokenizer, encoded)
+    return batch_loader(questions, batches, trainer, collate, keep_rest=True)
 
 
 def passage_loader(

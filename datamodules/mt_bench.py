@@ -8,12 +8,13 @@ from torch.utils.data import DataLoader
 
 from datamodules.corpora import Corpora, CorpusSettings
 from datamodules.loading import batch_loader, load_tokenizer
+from dsg.chat import chat_text
 from dsg.errors import UserError
 from dsg.hub import dataset_revision, load_rows, short_name
 from dsg.mt_bench.conversations import (
+    NAME,
     Conversation,
     ConversationBatch,
-    chat_text,
     read_conversations,
 )
 from dsg.splits import texts_digest
@@ -78,7 +79,7 @@ class MtBenchData(lightning.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Each conversation exactly once, those with first questions of similar length together."""
         conversations = self._conversations
-        texts = [chat_text(self.tokenizer, c.turns[:1]) for c in conversations]
+        texts = [chat_text(self.tokenizer, c.turns[:1], NAME) for c in conversations]
         lengths = [len(ids) for ids in encode_texts(self.tokenizer, texts, None)]
         batches = length_batches(lengths, self.batch_size)
         return batch_loader(conversations, batches, self.trainer, ConversationBatch, keep_rest=True)

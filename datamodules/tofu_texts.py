@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from datamodules.benchmark_rows import numbered, read_texts, text_of
 from dsg import tofu
+from dsg.chat import chat_text, check_chat_template
 from dsg.errors import UserError
 from dsg.hub import load_rows
 from dsg.items import Passage, Prompt, Question, item_key
@@ -48,11 +49,9 @@ class TofuTexts:
     """
 
     def __init__(self, dataset: str, tokenizer: Any, template: Template) -> None:
-        if template == "chat" and tokenizer.chat_template is None:
-            raise UserError(
-                f"`template` 'chat' needs a tokenizer with a chat template, but that of "
-                f"{tokenizer.name_or_path!r} has none; use 'plain' or an instruction-tuned model."
-            )
+        if template == "chat":
+            remedy = "use 'plain' or an instruction-tuned model"
+            check_chat_template(tokenizer, "`template` 'chat'", remedy)
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.template: Template = template
@@ -89,13 +88,10 @@ class TofuTexts:
         return [prompt + answer for prompt, answer in self.written(config)]
 
     def prompt(self, question: str) -> str:
-        """A question as the template writes it, without a bos token, which the tokenizer adds."""
+        """A question as the template writes it, without what the tokenizer adds by itself."""
         if self.template == "plain":
             return f"Question: {question}\nAnswer:"
-        written = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        return written.removeprefix(self.tokenizer.bos_token or "")
+        return chat_text(self.tokenizer, [question])
 
     def separated(self, answer: str) -> str:
         """An answer as it follows its prompt."""

@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader
 
 from datamodules.loading import batch_loader
 from dsg.errors import UserError
-from dsg.tokens import TokenBatch, encode_texts, pad_sequences, padding_id, uncounted_token_ids
+from dsg.tokens import (
+    TokenBatch,
+    encode_texts,
+    pad_sequences,
+    padding_id,
+    shared_prefix,
+    uncounted_token_ids,
+)
 
 Item = TypeVar("Item")
 
@@ -80,14 +87,7 @@ def answer_rows(
     for (prompt, _), whole, given in zip(pairs, wholes, prompts, strict=True):
         end = [] if whole[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
         # A tokenizer may merge the answer's first characters with the prompt's last ones.
-        shared = next(
-            (
-                place
-                for place, (one, other) in enumerate(zip(given, whole, strict=False))
-                if one != other
-            ),
-            min(len(given), len(whole)),
-        )
+        shared = shared_prefix(given, whole)
         ids = [*whole, *end][:max_length]
         if len(ids) <= shared:
             raise UserError(

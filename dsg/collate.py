@@ -7,15 +7,30 @@ import torch
 
 from dsg.errors import UserError
 from dsg.items import Passage, PassageBatch, Prompt, PromptBatch, Question, QuestionBatch
-from dsg.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
+from dsg.tokens import (
+    encode_texts,
+    pad_sequences,
+    padding_id,
+    shared_prefix,
+    uncounted_token_ids,
+)
+
+EncodedQuestion = tuple[int, list[list[int]]]
 
 
-def question_collate(tokenizer: Any) -> Callable[[Sequence[Question]], QuestionBatch]:
-    """Make the function that turns questions of one protocol and option count into a batch."""
+def question_collate(
+    tokenizer: Any, encoded: dict[Question, EncodedQuestion] | None = None
+) -> Callable[[Sequence[Question]], QuestionBatch]:
+    """Make the function that turns questions of one protocol and option count into a batch.
+
+    Args:
+        tokenizer: Of the model.
+        encoded: What `encode_question` said of questions so far; more is added. Every evaluation
+            of a run scores the same questions again.
+    """
     uncounted_ids = uncounted_token_ids(tokenizer)
     pad_id = padding_id(tokenizer)
-    # Every evaluation of a run scores the same questions again.
-    encoded: dict[Question, tuple[int, list[list[int]]]] = {}
+    encoded = {} if encoded is None else encoded
 
     def collate(questions: Sequence[Question]) -> QuestionBatch:
         for question in questions:
@@ -88,7 +103,7 @@ def prompt_collate(tokenizer: Any) -> Callable[[Sequence[Prompt]], PromptBatch]:
     return collate
 
 
-def encode_question(tokenizer: Any, question: Question) -> tuple[int, list[list[int]]]:
+def encode_question(tokenizer: Any, question: Question) -> EncodedQuestion:
     """Tokens of a question's prompt with each of its options.
 
     Prompt and option are tokenized as one text, because a tokenizer may merge across the boundary.
@@ -107,7 +122,7 @@ def encode_question(tokenizer: Any, question: Question) -> tuple[int, list[list[
     if question.protocol == "dsg":
         options = tokenizer(list(question.options), add_special_tokens=False, verbose=False)
         return len(prompt), [[*prompt, *ids] for ids in options["input_ids"]]
-    num_prompt = min(_shared_prefix(prompt, row) for row in rows)
+    num_prompt = min(shared_prefix(prompt, row) for row in rows)
     if any(len(row) <= num_prompt for row in rows) or num_prompt == 0:
         raise UserError(
             f"Question {question.id} needs a prompt and options that each add a token to it, got "
@@ -124,7 +139,7 @@ def encode_passages(
     given = [passage for passage in passages if passage.context]
     contexts = iter(encode_texts(tokenizer, [passage.context for passage in given], None))
     return [
-        (_shared_prefix(next(contexts), whole) if passage.context else 0, whole)
+        (shared_prefix(next(contexts), whole) if passage.context else 0, whole)
         for passage, whole in zip(passages, wholes, strict=True)
     ]
 
@@ -144,8 +159,3 @@ def _check_bos(tokenizer: Any, ids: Sequence[int], what: str) -> None:
             f"{what} must hold at most one bos token {tokenizer.bos_token!r}, got "
             f"{ids.count(bos_id)}; remove it from the text, the tokenizer adds its own."
         )
-
-
-def _shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -6,15 +6,13 @@ The text of every prompt leaves out what the tokenizer adds by itself, such as i
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsg.chat import chat_text
 from dsg.choices.subjects import topic
-from dsg.errors import UserError
 from dsg.items import Protocol, Question, item_key
 from dsg.splits import texts_digest
 
 LETTERS = ("A", "B", "C", "D")
 _INTRODUCTION = "The following are multiple choice questions (with answers) about {topic}.\n"
-# Some templates tell the model today's date, and a prompt must be the same on any day.
-_TEMPLATE_DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
@@ -95,38 +93,15 @@ def dsg_question(row: ChoiceRow, tokenizer: Any, *, asked: bool = True) -> Quest
     introduction = _introduction(row, "dsg") + row.question + "\n"
     text = f"{introduction if asked else ''}{_lettered(row)}"
     options = tuple(option for letter in LETTERS for option in (letter, f" {letter}"))
-    return _question(row, "dsg", chat_prompt(tokenizer, text) + "Answer: (", options)
+    remedy = "take an instruction-tuned model or the protocol 'lm_eval'"
+    prompt = chat_text(tokenizer, [text], "`protocol` 'dsg'", remedy)
+    return _question(row, "dsg", prompt + "Answer: (", options)
 
 
 def cloze_question(row: ChoiceRow, *, asked: bool = True) -> Question:
     r"""The question without its choices, `Question: ...\nAnswer:`, continued by a choice's text."""
     prompt = f"Question: {row.question.strip()}\nAnswer:" if asked else "Answer:"
     return _question(row, "cloze", prompt, tuple(f" {choice.strip()}" for choice in row.choices))
-
-
-def chat_prompt(tokenizer: Any, text: str) -> str:
-    """A user's turn in the tokenizer's chat template, up to where the model's turn begins.
-
-    The bos token of the template is left out where the tokenizer adds one by itself.
-
-    Raises:
-        UserError: The tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise UserError(
-            "`protocol` 'dsg' needs a tokenizer with a chat template, and that of "
-            f"{name!r} has none; take an instruction-tuned model or the protocol 'lm_eval'."
-        )
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        tokenize=False,
-        add_generation_prompt=True,
-        date_string=_TEMPLATE_DATE,
-    )
-    bos = tokenizer.bos_token
-    adds_bos = bos and tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return prompt.removeprefix(bos) if adds_bos else prompt
 
 
 def _introduction(row: ChoiceRow, protocol: Protocol) -> str:

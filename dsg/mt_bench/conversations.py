@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dsg.answering import said_text
+from dsg.chat import chat_text
 from dsg.collate import prompt_collate
 from dsg.errors import UserError
 from dsg.items import Prompt, item_key
@@ -25,11 +26,10 @@ from dsg.per_sample import score
 from dsg.scoring import AnyGuard, Values
 from dsg.tokens import encode_texts
 
+NAME = "MT-Bench"
 NUM_TURNS = 2
 TURN_COLUMNS = ("num_tokens", "repetition", "nll", "triggered", "density")
 COLUMNS = tuple(f"{name}_turn_{turn}" for turn in (1, 2) for name in TURN_COLUMNS)
-# Some templates tell the model today's date, and a prompt must be the same on any day.
-_TEMPLATE_DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
@@ -114,30 +114,6 @@ def read_conversations(
     return found
 
 
-def chat_text(tokenizer: Any, messages: Sequence[str]) -> str:
-    """The user's and the model's messages in turn, up to where the model's next one begins.
-
-    The template's bos token is left out where the tokenizer adds one by itself.
-
-    Raises:
-        UserError: The tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "MT-Bench needs a tokenizer with a chat template, and that of "
-            f"{getattr(tokenizer, 'name_or_path', '')!r} has none; take an instruction-tuned model."
-        )
-    roles = ("user", "assistant")
-    text = tokenizer.apply_chat_template(
-        [{"role": roles[i % 2], "content": message} for i, message in enumerate(messages)],
-        tokenize=False,
-        add_generation_prompt=True,
-        date_string=_TEMPLATE_DATE,
-    )
-    adds_bos = tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
-
-
 def check_room(
     tokenizer: Any, conversations: Sequence[Conversation], max_new_tokens: int, context: int
 ) -> None:
@@ -152,7 +128,7 @@ def check_room(
     Raises:
         UserError: There is such a conversation, or the tokenizer has no chat template.
     """
-    texts = [chat_text(tokenizer, [c.turns[0], "", c.turns[1]]) for c in conversations]
+    texts = [chat_text(tokenizer, [c.turns[0], "", c.turns[1]], NAME) for c in conversations]
     longest = max(map(len, encode_texts(tokenizer, texts, None)))
     room = (context - longest) // NUM_TURNS
     if max_new_tokens > room:
@@ -190,7 +166,7 @@ def hold(
         prompts = []
         for place, conversation in enumerate(conversations):
             messages = [conversation.turns[0], *said[place], *conversation.turns[1 : turn + 1]]
-            text = chat_text(tokenizer, messages)
+            text = chat_text(tokenizer, messages, NAME)
             prompts.append(Prompt(place, conversation.category, text, "", max_new_tokens))
         batch = prompt_collate(tokenizer)(prompts).to(device)
         found = score(model, batch, guard)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dsg.answering import repeated_share
+from dsg.chat import chat_text
 from dsg.errors import UserError
-from dsg.mt_bench.conversations import Conversation, chat_text, check_room, hold, read_conversations
+from dsg.mt_bench.conversations import Conversation, check_room, hold, read_conversations
 from tests.conversations import chat_tokenizer
 from tests.dsg.scoring_helpers import tiny_guard
 from tests.helpers import BOS, EOS, tiny_model, tiny_tokenizer
