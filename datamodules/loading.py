@@ -15,8 +15,7 @@ from dsg.collate import (
     prompt_collate,
     question_collate,
 )
-from dsg.errors import UserError
-from dsg.hub import first_line, hub_error, looks_local, parse_name
+from dsg.hub import load_pretrained
 from dsg.items import Passage, Prompt, Question
 from dsg.tokens import encode_texts, length_batches
 
@@ -32,18 +31,7 @@ def load_tokenizer(model_name: str) -> Any:
     Raises:
         UserError: There is none, or the hub refuses it.
     """
-    name, revision = parse_name(model_name)
-    try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        if not looks_local(name):
-            raise hub_error("model_name", "model", model_name, error) from error
-        raise UserError(
-            f"`model_name` must be a Hugging Face folder or hub name with a tokenizer, got "
-            f"{model_name!r} ({first_line(error)}); check the spelling and that you may read it."
-        ) from error
+    return load_pretrained(AutoTokenizer.from_pretrained, model_name, " with a tokenizer")
 
 
 def batch_loader(

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,6 +102,43 @@ def hub_error(argument: str, kind: Kind, name: str, error: BaseException) -> Use
         f"`{argument}` names the {kind} {repository!r} of the Hugging Face hub, which cannot be "
         f"read ({reason}); check the name, accept its licence at {page} if it asks for that, set "
         "HF_TOKEN to a token of that account, or give a local copy."
+    )
+
+
+def load_pretrained(
+    load: Callable[..., Any],
+    model_name: str,
+    wanted: str = "",
+    given: str | None = None,
+    **options: Any,
+) -> Any:
+    """Call a `from_pretrained` of Transformers, at the revision that a name asks for.
+
+    Args:
+        load: The method.
+        model_name: Folder or hub name, perhaps with `@revision`.
+        wanted: What the folder or repository must hold, for the message, such as ` with a
+            tokenizer`.
+        given: The name that the user gave, where it led to this one.
+        options: Passed on; remote code is never run.
+
+    Raises:
+        UserError: There is no such thing, or the hub refuses it.
+    """
+    name, revision = parse_name(model_name)
+    try:
+        return load(name, revision=revision or "main", trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        if not looks_local(name):
+            raise hub_error("model_name", "model", model_name, error) from error
+        raise no_model(given or model_name, error, wanted) from error
+
+
+def no_model(model_name: str, error: BaseException, wanted: str = "") -> UserError:
+    """Why a folder is no model, or holds no tokenizer and the like, in one sentence."""
+    return UserError(
+        f"`model_name` must be a Hugging Face folder or hub name{wanted}, got {model_name!r} "
+        f"({first_line(error)}); check the spelling and that you may read it."
     )
 
 

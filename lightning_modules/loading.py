@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.hub import first_line, hub_error, looks_local, parse_name, short_name
+from dsg.hub import load_pretrained, no_model, short_name
 
 __all__ = ["load_model", "load_plain_model", "short_name"]
 
@@ -46,7 +46,7 @@ def load_model(model_name: str) -> PreTrainedModel:
     try:
         model = PeftModel.from_pretrained(base, model_name)
     except (OSError, ValueError, RuntimeError) as error:
-        raise _no_model(model_name, error) from error
+        raise no_model(model_name, error) from error
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
@@ -69,24 +69,11 @@ def load_plain_model(model_name: str) -> PreTrainedModel:
 
 
 def _load(model_name: str, given: str) -> PreTrainedModel:
-    name, revision = parse_name(model_name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision or "main",
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        if looks_local(name):
-            raise _no_model(given, error) from error
-        raise hub_error("model_name", "model", model_name, error) from error
-    return model.eval().requires_grad_(False)
-
-
-def _no_model(model_name: str, error: Exception) -> UserError:
-    return UserError(
-        f"`model_name` must be a Hugging Face folder or hub name, got {model_name!r} "
-        f"({first_line(error)}); check the spelling and that you may read it."
+    model = load_pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        model_name,
+        given=given,
+        dtype=torch.float32,
+        use_safetensors=True,
     )
+    return model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from dsg.choices.permutations import RULES, Rule, kept_rows
 from dsg.choices.prompts import ChoiceRow, rows_digest
 from dsg.errors import UserError
-from dsg.hub import first_line, hub_error, looks_local, parse_name, short_name
+from dsg.hub import load_pretrained, short_name
 from dsg.items import Protocol
 from dsg.results import write_atomically
 
@@ -55,7 +55,7 @@ class FilteredModel:
         text = config.get_text_config()
         folder = Path(model_name)
         return cls(
-            name=short_name(parse_name(model_name)[0]),
+            name=short_name(model_name),
             revision=None if folder.is_dir() else getattr(config, "_commit_hash", None),
             weights=weights_sample(folder) if folder.is_dir() else None,
             model_type=config.model_type,
@@ -96,18 +96,7 @@ def load_config(model_name: str) -> Any:
     if adapter.is_file():
         content = json.loads(adapter.read_text(encoding="utf-8"))
         return load_config(content["base_model_name_or_path"])
-    name, revision = parse_name(model_name)
-    try:
-        return AutoConfig.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        if not looks_local(name):
-            raise hub_error("model_name", "model", model_name, error) from error
-        raise UserError(
-            f"`model_name` must be a Hugging Face folder or hub name with a config.json, got "
-            f"{model_name!r} ({first_line(error)}); check the spelling."
-        ) from error
+    return load_pretrained(AutoConfig.from_pretrained, model_name, " with a config.json")
 
 
 def weights_sample(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ class LocalJudge:
     def __init__(self, settings: JudgeSettings) -> None:
         self._settings = settings
         self._name, revision = parse_name(settings.model)
-        self._revision = revision or "main"
+        self._options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
         self._loaded: tuple[Any, Any] | None = None
 
     def check(self) -> None:
@@ -33,7 +33,7 @@ class LocalJudge:
         from transformers import AutoConfig
 
         try:
-            AutoConfig.from_pretrained(self._name, revision=self._revision)
+            AutoConfig.from_pretrained(self._name, **self._options)
             tokenizer = self._tokenizer()
         except (OSError, ValueError) as error:
             raise UserError(
@@ -73,7 +73,7 @@ class LocalJudge:
             from transformers import AutoModelForCausalLM
 
             model: Any = AutoModelForCausalLM.from_pretrained(
-                self._name, revision=self._revision, dtype="auto"
+                self._name, dtype="auto", use_safetensors=True, **self._options
             )
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._loaded = model.eval().requires_grad_(False).to(device), self._tokenizer()
@@ -82,7 +82,7 @@ class LocalJudge:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._name, revision=self._revision)
+        return AutoTokenizer.from_pretrained(self._name, **self._options)
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
