@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
@@ -85,6 +86,25 @@ def test_all_kinds_are_measured(run_dir):
         said = [i for i in items if (i["guard"], i["kind"]) == (guard, "prompts")]
         wanted = sum(item["num_tokens"] for item in said)
         assert found[guard, "test", "generated_tokens", "own"]["value"] == wanted
+
+
+def test_gibberish_is_told_by_what_the_unguarded_model_says(run_dir):
+    items = [item for item in read_items(run_dir) if item["kind"] == "prompts"]
+    rates = {
+        (row["guard"], row["domain"]): row["value"]
+        for row in read_results(run_dir)
+        if row["metric"] == "gibberish_rate"
+    }
+    assert len(rates) == 4
+    for (guard, domain), rate in rates.items():
+        found = {
+            state: [i["nll"] for i in items if (i["guard"], i["domain"]) == (state, domain)]
+            for state in ("off", guard)
+        }
+        # Whoever says nothing is not counted.
+        nll = {state: [x for x in of if not math.isnan(x)] for state, of in found.items()}
+        limit = np.percentile(nll["off"], 99) + math.log(10)
+        assert rate == pytest.approx(np.mean([loss > limit for loss in nll[guard]]), abs=1e-6)
 
 
 def test_every_item_is_on_disk(run_dir):
