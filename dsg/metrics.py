@@ -152,12 +152,12 @@ def perplexity(nll_sums: Sequence[float], token_counts: Sequence[int]) -> Estima
 
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L F1 in [0, 1], without stemming (as in MUSE)."""
-    return _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
+    return _rouge_scorer(stems=False).score(reference, prediction)["rougeL"].fmeasure
 
 
 def rouge_l_recall(prediction: str, reference: str) -> float:
-    """ROUGE-L recall in [0, 1], without stemming (as in TOFU)."""
-    return _rouge_scorer().score(reference, prediction)["rougeL"].recall
+    """ROUGE-L recall in [0, 1], of stemmed words (as in TOFU): `writes` is `writing`."""
+    return _rouge_scorer(stems=True).score(reference, prediction)["rougeL"].recall
 
 
 def bootstrap_mean(values: Sequence[float]) -> Estimate:
@@ -226,7 +226,7 @@ def _exp(mean_loss: float) -> float:
 
 
 @functools.cache
-def _rouge_scorer():
+def _rouge_scorer(*, stems: bool):
     from rouge_score.rouge_scorer import RougeScorer  # here, because it imports nltk
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    return RougeScorer(["rougeL"], use_stemmer=stems)

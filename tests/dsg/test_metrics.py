@@ -14,6 +14,7 @@ from dsg.metrics import (
     perplexity,
     relative_accuracy,
     rouge_l,
+    rouge_l_recall,
 )
 
 UNIT = st.floats(0, 1)
@@ -114,6 +115,15 @@ def test_rouge_l_by_hand():
 
 def test_rouge_l_does_not_stem():
     assert rouge_l("running", "runs") == 0
+
+
+def test_rouge_l_recall_stems():
+    """By hand: of "author writ novel about famili" all but "famili" is said, in this order."""
+    said, reference = "the authors write a novel about sea", "author writing novels about families"
+    assert rouge_l_recall(said, reference) == pytest.approx(4 / 5)
+    # Words of up to three letters stay as they are; without stemming "about" alone is common.
+    assert rouge_l_recall("was", "wa") == 0
+    assert rouge_l(said, reference) == pytest.approx(2 * (1 / 7) * (1 / 5) / (1 / 7 + 1 / 5))
 
 
 def test_mean_interval_by_hand():
