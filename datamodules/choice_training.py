@@ -17,8 +17,8 @@ class ChoiceTraining:
     """The training text of a run, and how it is cut and batched.
 
     Args:
-        task: `unlearn`: rows of forget text beside as many of retain text. `relearn`: the
-            attacker's text. Any other trains on nothing.
+        task: `unlearn`: rows of forget text beside as many that are drawn from retain text.
+            `relearn`: the attacker's text. Any other trains on nothing.
         attack_text: `forget`: forget text mixed 1:1 with retain text. `questions`: the forget
             questions with their right answers.
         allow_overlap: The attacker's text may state what is evaluated.
@@ -100,6 +100,8 @@ class ChoiceTraining:
         self, tokenizer: Any, texts: Mapping[str, Sequence[str]], trainer: Any
     ) -> DataLoader:
         """Batches of the texts in an order that the seed decides, the same in every epoch.
+
+        The retain rows of `unlearn` are drawn anew in every epoch, see `pair_loader`.
 
         Args:
             tokenizer: The model's tokenizer.

@@ -117,19 +117,23 @@ def pair_loader(
 ) -> DataLoader:
     """Batches of forget rows beside as many retain rows, numbered over all ranks.
 
-    The retain rows are taken evenly from all of them, and repeated where there are too few.
+    The order of the forget rows is that of the seed in every epoch. Each is paired with any of the
+    retain rows, drawn anew in every epoch as in the code of TOFU and OpenUnlearning (MUSE's own
+    keeps one partner for ever). Seed, epoch and the batch's number decide the draw, so that neither
+    ranks nor an interruption change it.
     """
     collate = _collate(tokenizer)
-    partners = [retain[index * len(retain) // len(forget)] for index in range(len(forget))]
     numbered = list(enumerate(_batches(len(forget), batch_size, seed)))
     keep_rest = trainer is not None and not trainer.lightning_module.automatic_optimization
 
     def pairs(items: list[tuple[int, list[int]]]) -> dict[str, Any]:
         [(number, places)] = items
+        epoch = trainer.current_epoch if trainer is not None else 0
+        draw = random.Random(f"retain partners {seed} {epoch} {number}")
         return {
             "id": number,
             "forget": collate([forget[place] for place in places]),
-            "retain": collate([partners[place] for place in places]),
+            "retain": collate(draw.choices(retain, k=len(places))),
         }
 
     one_each = [[index] for index in range(len(numbered))]

@@ -34,10 +34,10 @@ def score_prompts(model: nn.Module, batch: PromptBatch, guard: AnyGuard | None =
 
     Returns:
         Per prompt, in float64: `rouge_l` (F1) and `rouge_l_recall` (of stemmed words) against the
-        reference, in [0, 1]; `num_tokens` generated, the end of the text not counted; `repetition`, see
-        `repeated_share`; `nll`, the mean loss of the generated tokens under the *unguarded* model,
-        in nats (NaN where there is none); `triggered` and `density` at the end (NaN without a
-        guard). And `generated` `[b, max_new_tokens]`, the generated ids followed by `UNUSED`.
+        reference, in [0, 1]; `num_tokens` generated, the end of the text not counted; `repetition`,
+        see `repeated_share`; `nll`, the mean loss of the generated tokens under the *unguarded*
+        model, in nats (NaN where there is none); `triggered` and `density` at the end (NaN without
+        a guard). And `generated` `[b, max_new_tokens]`, the generated ids followed by `UNUSED`.
     """
     inner = unwrap(model)
     pad_id = padding_id(batch.tokenizer)

@@ -3,8 +3,10 @@
 import itertools
 from types import SimpleNamespace
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.training_text import (
     TrainingRow,
@@ -17,6 +19,7 @@ from datamodules.training_text import (
 )
 from dsg.errors import UserError
 from tests.helpers import BOS, EOS, tiny_tokenizer
+from tests.lightning_modules.toy import make_trainer
 
 
 def words(*numbers):
@@ -104,17 +107,96 @@ def test_ranks_share_the_batches(tokenizer):
     assert len(set(itertools.chain(*seen))) == 4
 
 
+def trainer_at(epoch=0, rank=0, world_size=1):
+    module = SimpleNamespace(automatic_optimization=True)
+    return SimpleNamespace(
+        global_rank=rank, world_size=world_size, current_epoch=epoch, lightning_module=module
+    )
+
+
+def retain_ids(loader):
+    """The token that tells a retain row, batch after batch."""
+    return [batch["retain"].input_ids[:, 1].tolist() for batch in loader]
+
+
+def word_rows(num):
+    return [TrainingRow([BOS, 4 + number]) for number in range(num)]
+
+
 @pytest.mark.parametrize("num_retain", [2, 5, 20])
-def test_pairs_hold_every_forget_row_once_and_retain_rows_from_everywhere(tokenizer, num_retain):
-    forget = [TrainingRow([BOS, 4 + number]) for number in range(5)]
-    retain = [TrainingRow([BOS, EOS, 4 + number]) for number in range(num_retain)]
-    batches = list(pair_loader(tokenizer, forget, retain, 2, 0, None))
+def test_pairs_hold_every_forget_row_once_and_as_many_retain_rows(tokenizer, num_retain):
+    batches = list(pair_loader(tokenizer, word_rows(5), word_rows(num_retain), 2, 0, None))
     assert [batch["id"] for batch in batches] == [0, 1, 2]
     firsts = torch.cat([batch["forget"].input_ids[:, 1] for batch in batches])
     assert sorted(firsts.tolist()) == list(range(4, 9))
-    partners = torch.cat([batch["retain"].input_ids[:, 2] for batch in batches]) - 4
-    expected = {2: [0, 0, 0, 1, 1], 5: [0, 1, 2, 3, 4], 20: [0, 4, 8, 12, 16]}[num_retain]
-    assert sorted(partners.tolist()) == expected
+    partners = retain_ids(batches)
+    assert [len(ids) for ids in partners] == [2, 2, 1]
+    assert {*itertools.chain(*partners)} <= set(range(4, 4 + num_retain))
+
+
+def test_retain_rows_are_drawn_anew_from_all_of_them_in_every_epoch(tokenizer):
+    trainer = trainer_at()
+    loader = pair_loader(tokenizer, word_rows(6), word_rows(20), 2, 0, trainer)
+    epochs = []
+    for trainer.current_epoch in range(40):
+        epochs.append(list(itertools.chain(*retain_ids(loader))))
+    # Of 240 draws one in 20 falls on each row: none is missed (chance 1e-4) or preferred.
+    counts = torch.tensor(list(itertools.chain(*epochs))).bincount(minlength=24)[4:]
+    assert counts.min() > 0
+    assert counts.max() < 30
+    assert len({tuple(ids) for ids in epochs}) == 40
+    # The partners of one place differ too, so that no forget row keeps its own.
+    assert all(len({ids[place] for ids in epochs}) > 10 for place in range(6))
+    other = pair_loader(tokenizer, word_rows(6), word_rows(20), 2, 1, trainer_at())
+    assert list(itertools.chain(*retain_ids(other))) != epochs[0]
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_ranks_draw_the_pairs_of_one_process(tokenizer, epoch):
+    def pairs(rank, world_size):
+        trainer = trainer_at(epoch, rank, world_size)
+        loader = pair_loader(tokenizer, word_rows(8), word_rows(20), 2, 0, trainer)
+        return [(batch["forget"].input_ids.tolist(), *retain_ids([batch])) for batch in loader]
+
+    parts = [pairs(rank, 2) for rank in range(2)]
+    assert [parts[number % 2][number // 2] for number in range(4)] == pairs(0, 1)
+
+
+class Watching(lightning.LightningModule):
+    """Trains one number and notes the retain rows of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        del batch_idx
+        self.seen.append((self.trainer.current_epoch, *retain_ids([batch])))
+        return self.weight**2
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_resumed_run_draws_the_same_retain_rows(tokenizer, tmp_path):
+    class Pairs(lightning.LightningDataModule):
+        def train_dataloader(self):
+            return pair_loader(tokenizer, word_rows(5), word_rows(20), 2, 0, self.trainer)
+
+    def seen(**options):
+        module = Watching()
+        trainer = make_trainer(tmp_path, max_epochs=3, **options)
+        trainer.fit(module, Pairs(), ckpt_path=checkpoint)
+        return module.seen
+
+    checkpoint = None
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = seen(callbacks=[saving], enable_checkpointing=True)
+    assert [epoch for epoch, _ in whole] == [0] * 3 + [1] * 3 + [2] * 3
+    for step in (2, 3, 4, 6):  # 3 and 6 are the last of an epoch
+        checkpoint = tmp_path / f"step={step}.ckpt"
+        assert seen() == whole[step:]
 
 
 def test_a_batch_needs_a_row(tokenizer):
