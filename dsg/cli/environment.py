@@ -1,15 +1,23 @@
 """What must be settled in the process before torch is imported."""
 
+import contextlib
 import os
+import sys
 
 
 def prepare_environment() -> None:
-    """Set defaults for environment variables; whatever the user has set stays.
+    """Set the import path, and environment variables; whatever the user has set stays.
 
     `OMP_NUM_THREADS` is set because Lightning would otherwise give each rank of a distributed run
     its own share of the cores, and another number of threads adds floats in another order: results
     would depend on the number of ranks. `WANDB_MODE=online` is how a user uploads.
+
+    Classes of one's own are found in the working directory, behind everything that is installed: a
+    `datasets.py` there must not stand in for the library.
     """
+    with contextlib.suppress(FileNotFoundError):  # the working directory is gone
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
     defaults = {
         "OMP_NUM_THREADS": str(min(4, _available_cpus())),
         "TOKENIZERS_PARALLELISM": "false",

@@ -65,6 +65,18 @@ def test_wrong_configuration_is_one_line_and_leaves_nothing(change, message, wri
     assert os.listdir() == ["tiny.yaml"]
 
 
+def test_own_classes_are_found_in_the_working_directory(write_config, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("own_runs.py").write_text(
+        "from tests.dsg.cli.tiny_runs import TinyModule\n\n\nclass Own(TinyModule):\n    pass\n"
+    )
+    config = yaml.safe_load(Path(write_config()).read_text())
+    config["model"]["class_path"] = "own_runs.Own"
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    assert main(["test", "-c", "own.yaml"]) == 0
+    assert sys.modules.pop("own_runs").__file__ == str(Path("own_runs.py").absolute())
+
+
 def test_missing_configuration_file_is_one_line(capsys):
     assert main(["fit", "-c", "missing.yaml"]) == 2
     assert "File does not exist" in capsys.readouterr().err
