@@ -8,7 +8,6 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.calibration import wilson
-from dsg.choices.outcomes import Outcomes
 from dsg.choices.permutations import RULES, VARIANTS
 from dsg.choices.prompts import ChoiceRow, rows_digest
 from dsg.choices.question_filter import FILTER_FILE, FilteredModel, filter_content, write_filter
@@ -16,13 +15,12 @@ from dsg.errors import UserError
 from dsg.hooks import unwrap
 from dsg.items import Protocol as QuestionProtocol
 from dsg.items import QuestionBatch
+from dsg.journal import FOLDER, Journal
 from dsg.per_sample import score
 from dsg.results import row, write_results
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels
 from lightning_modules.protocols import data_of
-
-OUTCOMES_FOLDER = "outcomes"
 
 
 class FilterData(Protocol):
@@ -92,8 +90,8 @@ class QuestionFilterModule(lightning.LightningModule):
             "protocol": data.protocol,
             "questions": {name: rows_digest(list(rows)) for name, rows in data.sets.items()},
         }
-        folder = Path(self.trainer.default_root_dir) / OUTCOMES_FOLDER
-        self.outcomes = Outcomes(folder, self.global_rank)
+        folder = Path(self.trainer.default_root_dir) / FOLDER
+        self.outcomes = Journal(folder, self.global_rank)
         self.outcomes.open(settings)
         self.trainer.strategy.barrier("outcomes are read")
         if self.trainer.is_global_zero:

@@ -32,6 +32,7 @@ from dsg.cli.tracking import (
     unfailing,
 )
 from dsg.errors import UserError
+from dsg.journal import FOLDER as JOURNAL_FOLDER
 from dsg.results import read_run_facts, write_run_facts
 from dsg.run_directory import (
     is_rank_zero,
@@ -39,7 +40,6 @@ from dsg.run_directory import (
     newest_checkpoint,
     run_directory,
 )
-from lightning_modules.question_filter import OUTCOMES_FOLDER
 
 CONFIG_FILE = "config.yaml"
 # Defaults of every run; a configuration names only what differs. Loggers write into the run
@@ -217,8 +217,8 @@ class RunCLI(LightningCLI):
             self._write_facts()
 
     def _how_to_continue(self) -> str:
-        # A question filter keeps what it has found on disk.
-        resumable = any((self.run_dir / OUTCOMES_FOLDER).glob("*.jsonl")) or (
+        # A question filter and predictions keep what they have found on disk.
+        resumable = any((self.run_dir / JOURNAL_FOLDER).glob("*.jsonl")) or (
             self.subcommand == "fit" and newest_checkpoint(self.run_dir) is not None
         )
         words = [word for word in self._arguments if word not in ("--overwrite", "--resume")]

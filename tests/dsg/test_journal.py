@@ -1,20 +1,20 @@
-"""Outcomes on disk: several attempts and ranks, torn lines, changed settings."""
+"""A journal on disk: several attempts and ranks, torn lines, changed settings."""
 
 import pytest
 
-from dsg.choices.outcomes import Outcomes
 from dsg.errors import UserError
+from dsg.journal import Journal
 
 
 def started(folder, rank=0, **settings):
-    outcomes = Outcomes(folder / "outcomes", rank)
+    outcomes = Journal(folder / "outcomes", rank)
     outcomes.open(settings)
     outcomes.begin(settings)
     return outcomes
 
 
 def test_what_ranks_and_attempts_append_is_read_together(tmp_path):
-    first, second = started(tmp_path), Outcomes(tmp_path / "outcomes", 1)
+    first, second = started(tmp_path), Journal(tmp_path / "outcomes", 1)
     second.open({})
     assert first.known == second.known == {}
     first.append([0, 1], [True, False])

@@ -1,4 +1,4 @@
-"""What a run has answered so far, on disk: a killed run goes on after its last finished batch.
+"""What a run has found out so far, on disk: a killed run goes on after its last finished batch.
 
 Every rank of every attempt appends to a file of its own, a line per batch, so that nothing is ever
 written into the middle of a file that another process, or a dead one, has left.
@@ -13,11 +13,12 @@ from typing import Any
 from dsg.errors import UserError
 from dsg.results import write_atomically
 
+FOLDER = "outcomes"
 _SETTINGS = "settings.json"
 
 
-class Outcomes:
-    """Outcomes of the items of a run, by their ids.
+class Journal:
+    """Outcomes of the items of a run, by their ids; an outcome is whatever JSON can hold.
 
     Args:
         folder: Of this run alone; all ranks share it.
@@ -28,7 +29,7 @@ class Outcomes:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.known: dict[int, bool] = {}
+        self.known: dict[int, Any] = {}
         self._folder = folder
         self._rank = rank
         self._file = folder / "none"
@@ -53,25 +54,25 @@ class Outcomes:
         if not (self._folder / _SETTINGS).is_file():
             write_atomically(self._folder / _SETTINGS, json.dumps(settings, indent=2))
 
-    def append(self, ids: Sequence[int], outcomes: Sequence[bool]) -> None:
+    def append(self, ids: Sequence[int], outcomes: Sequence[Any]) -> None:
         """Keep the outcomes of a batch; they survive whatever happens afterwards."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"ids": list(ids), "correct": [int(outcome) for outcome in outcomes]})
+        line = json.dumps({"ids": list(ids), "outcomes": list(outcomes)})
         with self._file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self) -> dict[int, bool]:
+    def read(self) -> dict[int, Any]:
         """The outcomes of all attempts and ranks; of an item answered twice the first counts."""
-        found: dict[int, bool] = {}
+        found: dict[int, Any] = {}
         for path in self._paths():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 # A process that was killed while writing leaves the beginning of a line.
                 if line.endswith("\n"):
                     batch = json.loads(line)
-                    for id, correct in zip(batch["ids"], batch["correct"], strict=True):
-                        found.setdefault(id, bool(correct))
+                    for id, outcome in zip(batch["ids"], batch["outcomes"], strict=True):
+                        found.setdefault(id, outcome)
         return found
 
     def _paths(self) -> list[Path]:
