@@ -25,9 +25,6 @@ def make_guard(
 ) -> Guard:
     """Make the guard for the forget texts of the trainer's data module.
 
-    Every rank makes it from all texts, so it does not depend on their number. As in
-    `dsg.build_guard`, a quarter of the forget texts (by hash) is held out of the selection.
-
     Args:
         settings: Which guard to make, or which saved one to load.
         model: The unguarded model; moved to the trainer's device.
@@ -35,9 +32,21 @@ def make_guard(
     """
     if settings.artifact is not None:
         return Guard.load(settings.artifact)
-    data = data_of(trainer, *GUARD_DATA)
-    maker = guard_maker(settings, model, trainer)
-    texts = guard_texts(data, near=settings.method == "dsg_near")
+    return guard_of(guard_maker(settings, model, trainer), data_of(trainer, *GUARD_DATA))
+
+
+def guard_of(maker: GuardMaker, data: GuardData) -> Guard:
+    """Make the guard for what a data module wants forgotten now.
+
+    Every rank makes it from all texts, so it does not depend on their number. As in
+    `dsg.build_guard`, a quarter of the forget texts (by hash) is held out of the selection.
+
+    Args:
+        maker: Made by `guard_maker` from the same data module.
+        data: Whose forget texts may have changed since, as from one request to the next.
+    """
+    texts = guard_texts(data, near=_is_near(maker.settings))
+    maker.calibration_texts = texts["retain_calibration"]
     forget = {name: texts[name] for name in ("forget_selection", "forget_heldout")}
     return maker.make(maker.statistics(texts["forget_selection"]), forget)
 
@@ -101,6 +110,10 @@ def maker_from(
         data.tokenizer,
         sae,
         data.retain_texts(),
-        data.calibration_texts(near=settings.method == "dsg_near"),
+        data.calibration_texts(near=_is_near(settings)),
         data.heldout_texts(),
     )
+
+
+def _is_near(settings: GuardSettings) -> bool:
+    return settings.method == "dsg_near"

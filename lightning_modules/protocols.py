@@ -69,13 +69,13 @@ class GuardData(TextSource, Protocol):
 
 
 class RequestData(GuardData, EvaluationData, Protocol):
-    """A curriculum of forget requests; `forget_texts` is not used.
+    """A curriculum of forget requests.
 
-    `train_dataloader()` yields the `UnlearningBatch`es of request number `trainer.current_epoch`
-    (from 0) and is asked again every epoch (`Trainer(reload_dataloaders_every_n_epochs=1)`). All
-    ranks need equally many steps. Where the module trains, a batch that does not go round is left
-    out. Where it only sums up (`trainer.lightning_module.automatic_optimization` is false) none may
-    be left out, and a rank without a batch in the last round yields None.
+    `forget_texts()` are those of request number `trainer.current_epoch` (from 0), and so are the
+    `UnlearningBatch`es of `train_dataloader()`, which is asked again every epoch
+    (`Trainer(reload_dataloaders_every_n_epochs=1)`). All ranks need equally many steps: a batch
+    that does not go round is left out, or a rank without a batch in the last round yields None.
+    A request's guard is made of the texts, a change of weights by the batches.
     """
 
     request_domains: Sequence[str]

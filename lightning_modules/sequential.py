@@ -18,20 +18,15 @@ from dsg.objectives.terms import check_positive
 from dsg.recipes import GuardSettings
 from dsg.reference import Reference
 from dsg.stack import GuardStack
-from dsg.statistics import FeatureStatistics, batch_statistics
-from lightning_modules.distributed import (
-    add_over_ranks,
-    exclude_frozen_from_ddp,
-    leave_unwrapped,
-)
-from lightning_modules.guards import guard_maker
+from lightning_modules.distributed import exclude_frozen_from_ddp, leave_unwrapped
+from lightning_modules.guards import guard_maker, guard_of
 from lightning_modules.loading import load_plain_model, short_name
 from lightning_modules.measuring import (
     Labels,
     Measurer,
     require_full_sanity_check,
 )
-from lightning_modules.protocols import REQUEST_DATA, UnlearningBatch, data_of
+from lightning_modules.protocols import GUARD_DATA, REQUEST_DATA, UnlearningBatch, data_of
 from lightning_modules.references import check_reference, make_reference
 from lightning_modules.resuming import Progress
 from lightning_modules.saving import keep_trainable, load_guards, save_youngest
@@ -40,9 +35,10 @@ from lightning_modules.saving import keep_trainable, load_guards, save_youngest
 class SequentialModule(lightning.LightningModule):
     """Fulfils one forget request per epoch and then measures all of them again.
 
-    With `guard`, an epoch sums up feature statistics of the request's forget text, read from the
-    plain model with every guard detached, and appends a guard to the stack; no weight changes. With
-    `objective`, an epoch trains on the request's batches; the reference stays the original model.
+    With `guard`, an epoch appends to the stack the guard that an evaluation of the request alone
+    would make, from the plain model with every guard detached; its batches count for nothing and no
+    weight changes. With `objective`, an epoch trains on the request's batches; the reference stays
+    the original model.
 
     Args:
         model_name: Hugging Face folder or hub name of the model.
@@ -103,8 +99,6 @@ class SequentialModule(lightning.LightningModule):
         self.reference: Reference | None = None
         self.maker: GuardMaker | None = None
         self.guards = GuardStack()
-        self._forget: FeatureStatistics | None = None
-        self._part: FeatureStatistics | None = None
 
     def setup(self, stage: str) -> None:
         """Let `fit` run without trainable weights."""
@@ -125,49 +119,33 @@ class SequentialModule(lightning.LightningModule):
             exclude_frozen_from_ddp(self)
 
     def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""] | None:
-        """Sum up the statistics of a forget batch, or take the objective's loss."""
-        if self.objective is not None:
-            assert self.model is not None
-            loss = self.objective(
-                self.model,
-                batch["forget"],
-                batch["retain"],
-                reference=self.reference,
-                step=self.trainer.global_step,
-            ).total
-            self.log("train/total_loss", loss, batch_size=len(batch["forget"].input_ids))
-            return loss
-        assert self.maker is not None
-        maker = self.maker
-        expected = batch_idx * self.trainer.world_size + self.trainer.global_rank
-        if batch["id"] != expected:
-            raise RuntimeError(
-                f"batches must be dealt round robin, so that this rank gets batch {expected} now, "
-                f"got {batch['id']}; number them over all ranks."
-            )
-        self._part = batch_statistics(
-            maker.model, maker.sae, maker.settings.hook_point, batch["forget"]
-        )
-        return None
+        """Take the objective's loss; guards need no step."""
+        del batch_idx
+        if self.objective is None:
+            return None
+        assert self.model is not None
+        loss = self.objective(
+            self.model,
+            batch["forget"],
+            batch["retain"],
+            reference=self.reference,
+            step=self.trainer.global_step,
+        ).total
+        self.log("train/total_loss", loss, batch_size=len(batch["forget"].input_ids))
+        return loss
 
     def on_train_batch_end(
         self, outputs: Any, batch: UnlearningBatch | None, batch_idx: int
     ) -> None:
-        """Add all ranks' statistics, and append the request's guard after the last batch.
+        """Append the request's guard after the last batch.
 
         Not in `training_step`, which Lightning skips on a rank without a batch, nor in
         `on_train_epoch_end`, which comes after the validation that is to measure the guard.
         """
         del outputs, batch, batch_idx
-        if self.maker is None:
-            return
-        if self._forget is None:
-            self._forget = FeatureStatistics(self.maker.sae.cfg.d_sae)
-        add_over_ranks(self._forget, self._part, self.trainer.strategy.root_device)
-        self._part = None
-        if self.trainer.is_last_batch:
-            self.guards.append(self.maker.make(self._forget))
-            self._forget = None
+        if self.maker is not None and self.trainer.is_last_batch:
+            data = data_of(self.trainer, *GUARD_DATA)
+            self.guards.append(guard_of(self.maker, data))
             save_youngest(self.trainer, self.guards)
 
     def on_validation_start(self) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dsg.cli.lightning_cli import RunCLI, run_name
+from dsg.grid.overrides import value_at
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -97,3 +98,23 @@ def test_runs_have_names_of_their_own():
 )
 def test_run_name(path, expected):
     assert run_name(Path(path)) == expected
+
+
+def test_a_sequence_fulfils_its_requests_as_a_single_request_is_fulfilled():
+    """The same guard; the same objective on as many texts and passes, clipped alike."""
+
+    def values(name, *keys):
+        found = yaml.safe_load((CONFIGS / name).read_text())
+        return [value_at(found, key) for key in keys]
+
+    guard = "model.init_args.guard"
+    assert values("sequential/dsg.yaml", guard) == values("evaluate/dsg.yaml", guard)
+    shared = (
+        "model.init_args.objective",
+        "model.init_args.lr",
+        "trainer.gradient_clip_val",
+        "data.init_args.num_train_texts",
+    )
+    assert values("sequential/rmu.yaml", *shared) == values("unlearn/rmu.yaml", *shared)
+    passes, epochs = "data.init_args.passes", "trainer.max_epochs"
+    assert values("sequential/rmu.yaml", passes) == values("unlearn/rmu.yaml", epochs)

@@ -45,6 +45,7 @@ REFUSAL_GRID = {
 TRIGGER_LIMIT = 0.05  # Refusal Clamp's
 WINDOW_SIZE = 8  # a question has about a dozen tokens
 RMU_GRID = {"steering": [20.0, 60.0], "lr": [3e-3, 1e-2]}
+RMU_CLIPPING = 1.0  # of the gradient norm
 RMU_EPOCHS = 3  # the number of epochs is a setting too
 RMU_TARGET = "mlp."  # down projections alone forget far less on so small a model
 NUM_RANDOM_DRAWS = 5

@@ -17,6 +17,7 @@ from dsg.cli.tuning import (
     FARRELL_GRID,
     NUM_RANDOM_DRAWS,
     REFUSAL_GRID,
+    RMU_CLIPPING,
     RMU_EPOCHS,
     RMU_GRID,
     RMU_TARGET,
@@ -26,6 +27,7 @@ from dsg.cli.tuning import (
     best,
     combinations,
 )
+from dsg.grid.choosing import validation_scores
 from dsg.guard import Guard
 from dsg.objectives import RMU
 from dsg.recipes import GuardSettings
@@ -33,6 +35,7 @@ from dsg.report.features import describe_features
 from dsg.results import read_results
 from dsg.sae import load_sae
 from dsg.selection import Selection
+from dsg.splits import guard_texts
 from lightning_modules import (
     EvaluationModule,
     RelearningModule,
@@ -97,7 +100,8 @@ def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
     questions = [q for q in data.questions("validation") if q.domain in ("forget", "retain")]
     questions = [replace(question, id=id) for id, question in enumerate(questions)]
     batches = question_loader(data.tokenizer, questions, data.batch_size, None)
-    tuner = GuardTuner(maker, maker.statistics(data.forget_texts()), questions, list(batches))
+    forget_texts = guard_texts(data, near=False)["forget_selection"]
+    tuner = GuardTuner(maker, maker.statistics(forget_texts), questions, list(batches))
     grids = {
         "dsg": ({}, DSG_GRID),
         "farrell": ({}, FARRELL_GRID),
@@ -121,7 +125,7 @@ def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
     found = guards["dsg"].facts["selection"]
     selection = Selection(**{name: values[:NUM_DESCRIBED] for name, values in found.items()})
     features = describe_features(
-        model, data.tokenizer, sae, selection, data.forget_texts()[:200], hook_point=HOOK_POINT
+        model, data.tokenizer, sae, selection, forget_texts[:200], hook_point=HOOK_POINT
     )
     return {
         "chosen": [
@@ -140,8 +144,8 @@ def tune_rmu(context: Context, folder: Path) -> dict[str, Any]:
         name = "_".join(f"{key}_{value:g}" for key, value in varied.items())
         _unlearn(context, folder / name, f"rmu/{name}", RMU_EPOCHS, varied)
         for epoch in range(1, RMU_EPOCHS + 1):
-            rows = [row for row in read_results(folder / name) if row["epoch"] == epoch]
-            tries.append(({**varied, "epochs": epoch}, _validation(rows)))
+            scores = validation_scores(read_results(folder / name), epoch)
+            tries.append(({**varied, "epochs": epoch}, scores))
     choice = best(tries)
     varied = {key: choice.settings[key] for key in RMU_GRID}
     _unlearn(context, folder, "rmu", choice.settings["epochs"], varied)
@@ -245,6 +249,7 @@ def sequence(context: Context, method: str, settings: dict[str, Any], folder: Pa
         f"sequential/{method}",
         max_epochs=len(data.request_domains),
         reload_dataloaders_every_n_epochs=1,
+        gradient_clip_val=RMU_CLIPPING if method == "rmu" else None,
     )
     _seed(cell)
     trainer.fit(module, datamodule=data)
@@ -262,7 +267,7 @@ def _unlearn(
         seed=cell.seed,
         model_label="tiny_world",
     )
-    trainer = context.trainer(folder, name, max_epochs=epochs, gradient_clip_val=1.0)
+    trainer = context.trainer(folder, name, max_epochs=epochs, gradient_clip_val=RMU_CLIPPING)
     _seed(cell)
     data = cell.data(task="unlearn", num_train_texts=NUM_RMU_TEXTS)
     trainer.fit(module, datamodule=data)
@@ -270,18 +275,6 @@ def _unlearn(
 
 def _rmu(settings: dict[str, Any]) -> RMU:
     return RMU(HOOK_POINT, steering=settings["steering"], target=RMU_TARGET)
-
-
-def _validation(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Alignment and the accuracies behind it, from the rows of one epoch."""
-    found = {
-        (row["domain"], row["metric"]): row["value"] for row in rows if row["protocol"] == "cloze"
-    }
-    return {
-        "alignment": found["forget", "alignment"],
-        "forget_accuracy": found["forget", "accuracy"],
-        "retain_accuracy": found["retain", "accuracy"],
-    }
 
 
 def _seed(cell: Cell) -> None:

@@ -4,11 +4,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dsg.errors import UserError
 from dsg.guard import Guard
-from dsg.making import GuardMaker
 from dsg.objectives import NPO, RMU, SSD, TaskVector
 from dsg.results import read_results
-from lightning_modules import SequentialModule
-from tests.helpers import HOOK_POINT, standard_sae, tiny_model, tiny_tokenizer
+from lightning_modules import EvaluationModule, SequentialModule
+from tests.helpers import HOOK_POINT, tiny_model
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer, texts
 
 
@@ -24,23 +23,20 @@ def run(toy, run_dir, trainer=None, data=None, ckpt_path=None, **settings):
     return module, read_results(run_dir)
 
 
-def test_each_epoch_appends_the_guard_that_its_own_request_gives(toy, tmp_path):
+def test_each_epoch_appends_the_guard_that_an_evaluation_makes_of_its_request(toy, tmp_path):
+    """Whatever text trains a rival in the same batches: the guard's own texts decide."""
     module, _ = run(toy, tmp_path)
-    data = ToyData()
-    maker = GuardMaker(
-        guard_settings(toy),
-        tiny_model(),
-        tiny_tokenizer(),
-        standard_sae(),
-        data.retain_texts(),
-        data.calibration_texts(near=False),
-        data.heldout_texts(),
-    )
     for request, guard in enumerate(module.guards.guards):
-        forget = texts(10, 30 + request, 5 * request, 5 * request + 8)
-        expected = maker.make(maker.statistics(forget))
-        assert guard.feature_ids == expected.feature_ids
-        assert guard.threshold == expected.threshold
+
+        class OneRequest(ToyData):
+            def forget_texts(self, request=request):
+                return texts(24, 30 + request, 5 * request, 5 * request + 8)
+
+        alone = EvaluationModule(str(toy / "model"), guard=guard_settings(toy))
+        make_trainer(tmp_path / f"alone_{request}").test(alone, OneRequest(), verbose=False)
+        assert guard.feature_ids == alone.guard.feature_ids
+        assert guard.threshold == alone.guard.threshold
+        assert guard.facts == alone.guard.facts
         saved = Guard.load(tmp_path / "guards" / f"request_{request + 1}")
         assert (saved.feature_ids, saved.threshold) == (guard.feature_ids, guard.threshold)
     assert len(module.guards) == 2

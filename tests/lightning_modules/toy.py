@@ -92,6 +92,9 @@ class ToyData(lightning.LightningDataModule):
         return make_passages(seed=2 if split == "validation" else 3)
 
     def forget_texts(self) -> list[str]:
+        if self.kind == "requests":
+            request = self._request()
+            return texts(24, 30 + request, 5 * request, 5 * request + 8)
         return texts(24, self.forget_seed, 0, 10)
 
     def retain_texts(self) -> list[str]:
@@ -107,8 +110,8 @@ class ToyData(lightning.LightningDataModule):
         return {"texts": 10}
 
     def train_dataloader(self) -> DataLoader:
-        epoch = self.trainer.current_epoch if self.trainer and self.kind == "requests" else 0
-        forget = self._batches(texts(10, 30 + epoch, 5 * epoch, 5 * epoch + 8))
+        request = self._request()
+        forget = self._batches(texts(10, 30 + request, 5 * request, 5 * request + 8))
         retain = self._batches(self.retain_texts()[:10])
         items: list[Any] = forget
         if self.kind != "attack":
@@ -125,6 +128,9 @@ class ToyData(lightning.LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader]:
         return self._evaluation("test")
+
+    def _request(self) -> int:
+        return self.trainer.current_epoch if self.trainer and self.kind == "requests" else 0
 
     def _evaluation(self, split: str) -> list[DataLoader]:
         return [
