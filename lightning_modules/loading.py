@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.hub import load_pretrained, no_model, short_name
+from dsg.hub import short_name
+from dsg.weights import ADAPTER_WEIGHTS, load_adapter, load_causal_lm
 
 __all__ = ["load_model", "load_plain_model", "short_name"]
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ def load_model(model_name: str) -> PreTrainedModel:
             unmerged (a `PeftModel`, which stands in for the model inside).
 
     Raises:
-        UserError: There is no such model, the hub refuses it, or weights are not in safetensors.
+        UserError: There is no such model, the hub refuses it, or its weights are not in
+            safetensors, damaged, or not all of the weights that the model has.
     """
     if not (Path(model_name) / ADAPTER_CONFIG).is_file():
         return _load(model_name, model_name)
@@ -40,14 +41,7 @@ def load_model(model_name: str) -> PreTrainedModel:
         )
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = _load(str(config.get("base_model_name_or_path")), model_name)
-    # Here, because importing peft takes a second and most runs need none of it.
-    from peft import PeftModel
-
-    try:
-        model = PeftModel.from_pretrained(base, model_name)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise no_model(model_name, error) from error
-    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+    return cast(PreTrainedModel, load_adapter(base, folder).requires_grad_(False))
 
 
 def load_plain_model(model_name: str) -> PreTrainedModel:
@@ -69,11 +63,5 @@ def load_plain_model(model_name: str) -> PreTrainedModel:
 
 
 def _load(model_name: str, given: str) -> PreTrainedModel:
-    model = load_pretrained(
-        AutoModelForCausalLM.from_pretrained,
-        model_name,
-        given=given,
-        dtype=torch.float32,
-        use_safetensors=True,
-    )
+    model = load_causal_lm(model_name, given, dtype=torch.float32)
     return model.eval().requires_grad_(False)

@@ -9,6 +9,7 @@ from dsg.errors import UserError
 from dsg.hub import first_line, parse_name
 from dsg.mt_bench.judge import JudgeSettings
 from dsg.mt_bench.judge_prompts import Message
+from dsg.weights import load_causal_lm
 
 _MAX_TOKENS = 2048  # of a judgement, where the settings leave it open
 
@@ -70,11 +71,7 @@ class LocalJudge:
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            from transformers import AutoModelForCausalLM
-
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self._name, dtype="auto", use_safetensors=True, **self._options
-            )
+            model = load_causal_lm(self._settings.model, dtype="auto")
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._loaded = model.eval().requires_grad_(False).to(device), self._tokenizer()
         return self._loaded

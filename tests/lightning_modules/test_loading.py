@@ -1,16 +1,22 @@
 """Models and tokenizers by name and revision, from a folder, the hub's cache and nowhere."""
 
+import re
 import shutil
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from datamodules.loading import load_tokenizer
 from dsg.errors import UserError
 from dsg.sae import load_sae
+from dsg.weights import ADAPTER_WEIGHTS
 from lightning_modules.loading import load_model, short_name
+from tests.families import FAMILIES, build
 from tests.helpers import standard_sae, tiny_model
 from tests.hub_folders import write_gemma, write_gemma_scope
 
@@ -104,3 +110,123 @@ def test_a_pinned_sae_comes_from_its_revision(cache):
     assert load_sae(f"{repository}@{NEW}", sae_id).cfg.d_sae == 7
     with pytest.raises(UserError, match=r"`sae` names the SAE 'google/gemma-scope-2b-pt-res'"):
         load_sae(f"{release}@v2", sae_id)
+
+
+@pytest.fixture
+def rewritten(tmp_path):
+    """Save a tiny Llama, change the weights of its file, and give the folder."""
+
+    def make(change, **config):
+        tiny_model(**config).save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("model.norm.weight"), r"whose weights lack model\.norm\.weight; download"),
+        (
+            lambda w: [w.pop(key) for key in list(w) if ".0." in key],
+            r"lack model\.layers\.0\.input_layernorm\.weight, .*, .* and 6 more;",
+        ),
+        (
+            lambda w: w.update({"model.layers.3.mlp.up_proj.weight": torch.zeros(2, 2)}),
+            r"add model\.layers\.3\.mlp\.up_proj\.weight;",
+        ),
+        (
+            lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
+            r"have model\.norm\.weight of shape \[3\] for \[16\];",
+        ),
+    ],
+)
+def test_weights_must_fit_the_model(rewritten, change, said):
+    with pytest.raises(UserError, match=said) as caught:
+        load_model(rewritten(change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_is_not_tied_must_be_there(rewritten):
+    with pytest.raises(UserError, match=r"lack lm_head\.weight"):
+        load_model(rewritten(lambda w: w.pop("lm_head.weight"), tie_word_embeddings=False))
+
+
+def test_tied_heads_and_buffers_may_be_left_out_and_old_buffers_left_in(rewritten):
+    def change(weights):
+        assert "lm_head.weight" not in weights
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)
+
+    model = load_model(rewritten(change, tie_word_embeddings=True))
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    assert weights["lm_head.weight"] is weights["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_saved_models_of_all_families_load(family, tmp_path):
+    saved = build(family)
+    saved.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path)).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in saved.state_dict().items())
+
+
+def test_old_buffers_of_gpt_2_may_be_left_in(tmp_path):
+    [gpt2] = [family for family in FAMILIES if family.name == "GPT2"]
+    build(gpt2).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("bias", "masked_bias"):
+        weights[f"transformer.h.0.attn.{name}"] = torch.zeros(1)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.999])
+def test_damaged_weights_are_one_sentence(rewritten, share):
+    file = Path(rewritten(dict)) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(UserError, match=r"whose files are whole, got .* with damaged weights"):
+        load_model(str(file.parent))
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Folder of a LoRA adapter beside its base model."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(load_model(str(tmp_path / "base")), settings)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+def test_an_adapter_loads_with_all_its_weights(adapter):
+    folder, saved = adapter
+    loaded = load_model(str(folder)).state_dict()
+    names = [name for name in saved.state_dict() if "lora_" in name]
+    assert len(names) == 6
+    assert all(torch.equal(saved.state_dict()[name], loaded[name]) for name in names)
+    # Some save the embedding beside an adapter that leaves it alone.
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    weights["base_model.model.model.embed_tokens.weight"] = torch.zeros(30, 16)
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    load_model(str(folder))
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_an_adapter_of_another_model_is_refused(adapter):
+    folder, _ = adapter
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    moved = {name.replace("layers.1.", "layers.7."): of for name, of in weights.items()}
+    for content, said in (
+        ({name: of for name, of in weights.items() if name != key}, f"lack {re.escape(key)};"),
+        (moved, r"lack .*layers\.1.* and add .*layers\.7.*;"),
+    ):
+        save_file(content, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            load_model(str(folder))
+    (folder / ADAPTER_WEIGHTS).write_bytes(b"none")
+    with pytest.raises(UserError, match="with damaged weights"):
+        load_model(str(folder))
