@@ -1,12 +1,12 @@
 """The user's own files as passages, and what each passage is used for."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dsg.errors import UserError
+from dsg.reading import parse_json, read_bytes, read_text
 
 # A passage ends at the end of a paragraph once it is long enough, and else when it is full.
 MIN_WORDS, MAX_WORDS = 60, 90
@@ -107,7 +107,7 @@ def read_passages(path: str | Path) -> list[str]:
 
 def file_facts(paths: Iterable[str | Path]) -> list[dict[str, str | int]]:
     """Name, size in bytes and SHA-256 of files; not where they lie."""
-    contents = ((Path(path).name, Path(path).read_bytes()) for path in paths)
+    contents = ((Path(path).name, read_bytes(path)) for path in paths)
     return [
         {"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in contents
@@ -124,36 +124,20 @@ def paragraphs_of(path: Path) -> Iterator[list[str]]:
     # Not `splitlines`: JSON may hold other line separators inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _text_of(line, f"{path}, line {number},").split()
+            yield _text_of(line, f"{path}, line {number}").split()
 
 
 def _text_of(line: str, place: str) -> str:
     wanted = 'must be a JSON object such as {"text": "..."}'
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} {wanted}, got no JSON ({error.msg}); mend the line.") from None
+    record = parse_json(line, place, f"it {wanted}")
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         got = f"the keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{place} {wanted} whose text is a string, got {got}; mend the line.")
+        raise UserError(f"{place}, {wanted} whose text is a string, got {got}; mend the line.")
     return record["text"]
 
 
 def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(
-            f"The file {str(path)!r} cannot be read ({reason}); check its name."
-        ) from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"The file {str(path)!r} is not text in UTF-8 (byte {error.start} is the first that "
-            "does not fit); convert it to plain text or JSONL in UTF-8."
-        ) from None
+    text = read_text(path)
     if "\0" in text:
         raise UserError(
             f"The file {str(path)!r} is binary (it holds zero bytes); give plain text or JSONL."

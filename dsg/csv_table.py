@@ -1,6 +1,7 @@
 """Small CSV tables that people write: read whole, checked cell by cell."""
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsg.errors import UserError
+from dsg.reading import read_text
 
 T = TypeVar("T")
 
@@ -109,15 +111,11 @@ def read_table(path: Path) -> Table:
         UserError: If the file cannot be read, has no row, or a row has more cells than the header.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file) if line]
-    except OSError as error:
+        rows = csv.reader(io.StringIO(read_text(path), newline=""))
+        lines = [[cell.strip() for cell in row] for row in rows if row]
+    except csv.Error as error:
         raise UserError(
-            f"`path` must be a CSV file, got {str(path)!r} ({error.strerror}); correct it."
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{path} must be a CSV file in UTF-8, got another file ({error}); export it again."
+            f"{path} must be a CSV file, got another file ({error}); export it again."
         ) from error
     if len(lines) < 2:
         raise UserError(

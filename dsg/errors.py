@@ -1,4 +1,10 @@
-"""The one exception type that the command line turns into a single sentence."""
+"""The one exception type that the command line turns into a single sentence, and common checks."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+MAX_SEED = 2**32 - 1  # NumPy's largest
 
 
 class UserError(ValueError):
@@ -6,6 +12,36 @@ class UserError(ValueError):
 
     The message is one sentence: what was given, what was wanted, what came, and the remedy.
     """
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing if no known name is near."""
+    near = difflib.get_close_matches(given, list(known), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def check_each_once(name: str, values: Sequence[Any]) -> None:
+    """Refuses an empty list, and a value that stands in it twice.
+
+    Raises:
+        UserError: It is one.
+    """
+    if not values or any(values.count(value) > 1 for value in values):
+        raise UserError(
+            f"`{name}` must list at least one value and none twice, got {list(values)}."
+        )
+
+
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+    """Refuses numbers that are no seeds, and a seed that comes twice: its run would count double.
+
+    Raises:
+        UserError: There is one.
+    """
+    check_each_once(name, seeds)
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"`{name}` must be from 0 to {MAX_SEED}, got {seed}; choose another.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

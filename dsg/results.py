@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
+from dsg.reading import parse_json, read_text
 
 KEYS = (
     "experiment",
@@ -134,11 +135,10 @@ def read_results(run_dir: str | Path) -> list[dict[str, Any]]:
         raise UserError(
             f"run_dir {str(run_dir)!r} holds no {RESULTS_FILE}; give the folder of a finished run."
         )
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            rows.append(_parse_line(line, f"{path}, line {number}"))
-    return rows
+    # Not `splitlines`: JSON may hold other line separators inside a string.
+    lines = read_text(path).removesuffix("\n").split("\n")
+    lines = [] if lines == [""] else lines
+    return [_parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def write_run_facts(run_dir: str | Path, facts: Mapping[str, Any]) -> Path:
@@ -169,10 +169,7 @@ def read_run_facts(run_dir: str | Path) -> dict[str, Any]:
     path = Path(run_dir) / FACTS_FILE
     if not path.is_file():
         return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it or run again.") from None
+    facts = parse_json(read_text(path), str(path), "delete it or run again")
     if not isinstance(facts, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(facts).__name__}; run again.")
     return facts
@@ -203,10 +200,7 @@ def _sort_key(value: Any) -> tuple:
 
 
 def _parse_line(line: str, place: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON ({error.msg}); mend or delete the line.") from None
+    fields = parse_json(line, place, "mend or delete the line")
     if not isinstance(fields, dict) or set(fields) != set(KEYS):
         keys = set(fields) if isinstance(fields, dict) else set()
         missing, unknown = sorted(set(KEYS) - keys), sorted(keys - set(KEYS))

@@ -1,12 +1,13 @@
 """Rows of the user's own files: JSON Lines, JSON, CSV and Parquet."""
 
 import csv
-import json
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
+from dsg.reading import parse_json, read_bytes, read_text
 
 ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -29,15 +30,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     }
     if path.suffix.lower() not in readers:
         raise UserError(f"{path} must be one of {', '.join(readers)}; convert it.")
-    try:
-        rows = readers[path.suffix.lower()](path)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{path} cannot be read ({reason}); check its name.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} must be text in UTF-8, got other bytes from byte {error.start} on; convert it."
-        ) from None
+    rows = readers[path.suffix.lower()](path)
     if not rows:
         raise UserError(f"{path} must hold at least one row, got none; add some.")
     return rows
@@ -45,16 +38,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
     # Not `splitlines`: JSON may hold other line separators inside a string.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    lines = read_text(path).split("\n")
     return [
-        _checked(_parsed(line, path, number), f"{path}, line {number},")
+        _checked(parse_json(line, f"{path}, line {number}"), f"{path}, line {number},")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    content = _parsed(path.read_text(encoding="utf-8-sig"), path, 1)
+    content = parse_json(read_text(path), str(path))
     if not isinstance(content, list):
         raise UserError(
             f"{path} must hold a list of JSON objects, got {type(content).__name__}; mend it, or "
@@ -65,16 +58,6 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _parsed(text: str, path: Path, first_line_number: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line_number + error.lineno - 1
-        raise UserError(
-            f"{path}, line {line}, must be JSON, got none ({error.msg}); mend the line."
-        ) from None
-
-
 def _checked(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{place} must be a JSON object, got {type(row).__name__}; mend it.")
@@ -82,8 +65,10 @@ def _checked(row: Any, place: str) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} must be CSV, got none ({error}); export it again.") from None
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
@@ -91,6 +76,6 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path))).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} must be Parquet, got none ({error}); convert it.") from None

@@ -21,11 +21,24 @@ def is_rank_zero() -> bool:
 
     Read from the environment, because it must be known before any process group exists: launchers
     set `RANK`, or `LOCAL_RANK` beside `NODE_RANK`; Slurm sets `SLURM_PROCID`.
+
+    Raises:
+        UserError: What is set is no number.
     """
     for names in (("RANK",), ("LOCAL_RANK", "NODE_RANK"), ("SLURM_PROCID",)):
         if names[0] in os.environ:
-            return all(int(os.environ.get(name, 0)) == 0 for name in names)
+            return all(_rank(name) == 0 for name in names)
     return True
+
+
+def _rank(name: str) -> int:
+    value = os.environ.get(name, "0")
+    if not value.isdecimal():
+        raise UserError(
+            f"the environment variable {name} must be the number of a rank, got {value!r}; unset "
+            "it, or let the launcher set it."
+        )
+    return int(value)
 
 
 @contextmanager
@@ -51,6 +64,7 @@ def run_directory(
             although one was, or cannot be written.
     """
     directory = Path(path).expanduser()
+    _check_name(directory)
     if directory.is_symlink():
         directory = directory.resolve()  # the link stays, what it points to is the run's
     if not is_rank_zero():
@@ -78,6 +92,16 @@ def run_directory(
         _remove(replaced)
         raise
     _remove(replaced)
+
+
+def _check_name(directory: Path) -> None:
+    """Refuses what the system takes for no path at all, such as a name that is too long."""
+    try:
+        directory.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise _unwritable(directory, error) from None
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

@@ -14,6 +14,7 @@ from dsg.choices.prompts import ChoiceRow, rows_digest
 from dsg.errors import UserError
 from dsg.hub import load_pretrained, short_name
 from dsg.items import Protocol
+from dsg.reading import read_json
 from dsg.results import write_atomically
 
 FILTER_FILE = "questions.json"
@@ -94,7 +95,7 @@ def load_config(model_name: str) -> Any:
     """
     adapter = Path(model_name) / "adapter_config.json"
     if adapter.is_file():
-        content = json.loads(adapter.read_text(encoding="utf-8"))
+        content = read_json(adapter)
         return load_config(content["base_model_name_or_path"])
     return load_pretrained(AutoConfig.from_pretrained, model_name, " with a config.json")
 
@@ -170,15 +171,15 @@ class QuestionFilter:
         self.path = Path(path) / FILTER_FILE if Path(path).is_dir() else Path(path)
         self.rule: Rule = rule
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = read_json(self.path)
             self._sets: dict[str, dict[str, Any]] = content["sets"]
             self._model = FilteredModel(**content["model"])
             self.facts = {**asdict(self._model), "protocol": content["protocol"], "rule": rule}
-        except OSError as error:
+        except UserError as error:
             raise UserError(
                 f"`keep` must be the {FILTER_FILE} of a question-filter run, or that run's "
-                f"directory, got {str(path)!r} ({(error.strerror or str(error)).lower()}); run "
-                "dsg validate -c configs/select/question_filter.yaml."
+                f"directory, got {str(path)!r} ({str(error).removesuffix('.')}); run dsg validate "
+                "-c configs/select/question_filter.yaml."
             ) from None
         except (ValueError, KeyError, TypeError):
             raise UserError(

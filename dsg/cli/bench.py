@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsg.cli import bench_harness
 from dsg.cli.bench_tables import machine_facts, print_table
-from dsg.errors import UserError
+from dsg.cli.options import check_json, writing
+from dsg.errors import UserError, check_seeds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +84,8 @@ def _run_guard(options: argparse.Namespace) -> int:
     found = {"machine": machine_facts(), "options": _plain(options), **_measure(options)}
     _print_tables(found, Console())
     if options.json is not None:
-        write_atomically(options.json, json.dumps(found, indent=2, sort_keys=True) + "\n")
+        with writing("--json"):
+            write_atomically(options.json, json.dumps(found, indent=2, sort_keys=True) + "\n")
     return 0 if found["outputs_agree"] else 1
 
 
@@ -99,8 +101,8 @@ def _check(options: argparse.Namespace) -> None:
             f"--num_features must be at most --d_sae {options.d_sae}, got {options.num_features}; "
             "lower it."
         )
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json must lie in an existing folder, got {options.json}; create it.")
+    check_seeds("--seed", [options.seed])
+    check_json(options.json)
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsg.cli.bench_tables import machine_facts, print_table
-from dsg.errors import UserError
+from dsg.errors import UserError, check_seeds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,6 +116,7 @@ def _check(options: argparse.Namespace) -> None:
     import dsg.harness  # noqa: F401 - says how to install the harness, if it is missing
     from dsg.bench.questions import FEWEST_TOKENS
 
+    check_seeds("--seed", [options.seed])
     least = {"d_model": 8, "num_layers": 1, "vocab_size": FEWEST_TOKENS}
     least |= {"questions": 1, "repeats": 1}
     for name, minimum in least.items():

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsg.cli.options import check_json, writing
 from dsg.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,6 +83,12 @@ def run(options: argparse.Namespace) -> int:
     if options.max_texts < 1:
         raise UserError(f"--max_texts must be at least 1, got {options.max_texts}; raise it.")
     # Before anything is loaded: a missing file should not cost a minute.
+    check_json(options.json)
+    for name in ("max_length", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}; raise it.")
+    if not math.isfinite(options.clamp_value):
+        raise UserError(f"--clamp_value must be finite, got {options.clamp_value}; try -500.")
     texts = _texts(options)
 
     import torch
@@ -123,7 +131,8 @@ def run(options: argparse.Namespace) -> int:
     for reason in judged.reasons:
         console.print(f"- {reason}", markup=False, highlight=False)
     if options.json is not None:
-        write_atomically(options.json, _json(options, len(texts), fit, judged))
+        with writing("--json"):
+            write_atomically(options.json, _json(options, len(texts), fit, judged))
     return DOES_NOT_FIT if judged.outcome == "does not fit" else 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsg.cli.options import check_json, writing
 from dsg.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if (options.guard_a is None) != (options.guard_b is None):
         raise UserError("--guard_a and --guard_b must be given together, got only one; add it.")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json must lie in an existing folder, got {options.json}; create it.")
+    check_json(options.json)
     from dsg.compare import choose, compare_runs
     from dsg.results import write_atomically
 
@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
             "comparisons": [asdict(c) for c in found],
             "items": [asdict(o) for o in overlaps],
         }
-        write_atomically(options.json, json.dumps(content, indent=2) + "\n")
+        with writing("--json"):
+            write_atomically(options.json, json.dumps(content, indent=2) + "\n")
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dsg.errors import UserError
+from dsg.errors import UserError, check_each_once, check_seeds
 
 FORGET_DOMAINS = ("pathogen", "malware", "toxin")
 PARTS = ("evaluate", "relearn", "sequential")
@@ -25,15 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--forget_domains",
         nargs="+",
         choices=FORGET_DOMAINS,
-        default=["pathogen"],
-        help="hazard-like domains, each forgotten on its own",
+        default=argparse.SUPPRESS,
+        help="hazard-like domains, each forgotten on its own (default: pathogen)",
     )
     world.add_argument(
         "--parts",
         nargs="+",
         choices=PARTS,
-        default=list(PARTS),
-        help="which parts to run: methods side by side, relearning attacks, sequential requests",
+        default=argparse.SUPPRESS,
+        help="which parts to run: methods side by side, relearning attacks, sequential requests "
+        "(default: all)",
     )
     own = parser.add_argument_group("your own text, instead of the embedded benchmark")
     own.add_argument(
@@ -66,6 +67,15 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.model is not None and options.forget is None:
         raise UserError("--model and --sae need text: give --forget and --retain as well.")
+    check_seeds("--seeds", options.seeds)
+    for name, default in (("forget_domains", ["pathogen"]), ("parts", list(PARTS))):
+        if name in options and options.forget is not None:
+            raise UserError(
+                f"--{name} is of the embedded benchmark and means nothing for your own text; leave "
+                "it out, or leave --forget and --retain out."
+            )
+        setattr(options, name, getattr(options, name, default))
+        check_each_once(f"--{name}", getattr(options, name))
     if options.epochs < 1:
         raise UserError(f"--epochs must be at least 1, got {options.epochs}.")
     if options.forget is not None:

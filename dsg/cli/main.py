@@ -1,16 +1,17 @@
 """The `dsg` command: a dispatcher that imports a command's machinery only when it runs."""
 
 import argparse
-import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
 from dsg.cli.environment import prepare_environment
 from dsg.cli.interrupts import interrupts_raised
-from dsg.errors import UserError
+from dsg.errors import UserError, did_you_mean
 from dsg.run_directory import is_rank_zero
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
@@ -28,17 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     prepare_environment()
+    _print_anything()
     try:
         with interrupts_raised():
             status = _dispatch(arguments)
             sys.stdout.flush()
             return status
     except UserError as error:
-        rank = "" if is_rank_zero() else " (on another rank than zero)"
+        rank = "" if _may_speak() else " (on another rank than zero)"
         _complain(f"error{rank}: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
-        if is_rank_zero():
+        if _may_speak():
             _complain(f"interrupted; {interrupt.args[0] if interrupt.args else 'start it again'}")
         return INTERRUPTED
     except BrokenPipeError:
@@ -70,9 +72,12 @@ def _report(arguments: list[str]) -> int:
     parser = _Parser(prog="dsg report", description=COMMANDS["report"][0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
     run_dir = parser.parse_args(arguments).run_dir
+    from dsg.cli.options import writing
     from dsg.report import build_report
 
-    print(build_report(run_dir))
+    with writing(f"the report of run_dir {run_dir!r}"):
+        page = build_report(run_dir)
+    print(page)
     return 0
 
 
@@ -96,8 +101,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, cutoff=0.5) or list(COMMANDS)
-        raise UserError(f"Unknown command {command!r}; did you mean {' or '.join(near)}?")
+        known = did_you_mean(command, COMMANDS) or f"; choose one of {', '.join(COMMANDS)}."
+        raise UserError(f"Unknown command {command!r}{known}")
     return COMMANDS[command][1](rest)
 
 
@@ -117,6 +122,18 @@ def _help() -> str:
             "dsg COMMAND --help lists the options of a command.",
         ]
     )
+
+
+def _print_anything() -> None:
+    """Signs that the terminal's encoding lacks become `?` instead of the end of the run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _may_speak() -> bool:
+    with suppress(UserError):  # nobody knows which rank this is
+        return is_rank_zero()
+    return True
 
 
 def _complain(message: str) -> None:

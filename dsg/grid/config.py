@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from dsg.errors import UserError
+from dsg.errors import UserError, check_each_once, check_seeds
 
 GUARD_KEY = "model.init_args.guard"
 LR_KEY = "model.init_args.lr"
@@ -32,7 +32,7 @@ class Sweep:
     """Values that differ from the configuration in all cells, by dotted key."""
 
     def __post_init__(self) -> None:
-        _check_list("seeds", self.seeds)
+        check_seeds("seeds", self.seeds)
         _check_grid("grid", self.grid)
 
     def fast(self) -> "Sweep":
@@ -100,16 +100,18 @@ class Benchmark:
     """Epochs of an attack; it is measured before the first and after every one."""
 
     def __post_init__(self) -> None:
-        _check_list("seeds", self.seeds)
-        _check_list("forget_domains", self.forget_domains)
+        check_seeds("seeds", self.seeds)
+        check_each_once("forget_domains", self.forget_domains)
         if self.epochs < 1:
             raise UserError(f"`epochs` of an attack must be at least 1, got {self.epochs}.")
         for name, method in self.methods.items():
             self._check_method(name, method)
         for name, attack in self.attacks.items():
-            _check_list(f"attacks.{name}.lr", attack.lr)
-            if min(attack.lr) <= 0:
-                raise UserError(f"`attacks.{name}.lr` must be positive, got {min(attack.lr)}.")
+            check_each_once(f"attacks.{name}.lr", attack.lr)
+            if not all(0 < lr < math.inf for lr in attack.lr):
+                raise UserError(
+                    f"`attacks.{name}.lr` must be positive and finite, got {attack.lr}; mend it."
+                )
         for name in self.attacked:
             if split_mode(name)[0] not in self.methods:
                 raise UserError(
@@ -192,13 +194,6 @@ def check_keys(raw: Any) -> None:
                     f"`{section}.{name}` has the unknown entry {unknown[0]!r}; "
                     f"use only {', '.join(known)}."
                 )
-
-
-def _check_list(name: str, values: Sequence[Any]) -> None:
-    if not values or len(set(values)) != len(values):
-        raise UserError(
-            f"`{name}` must list at least one value and none twice, got {list(values)}."
-        )
 
 
 def _check_grid(name: str, grid: Mapping[str, Sequence[Any]]) -> None:

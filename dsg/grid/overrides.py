@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dsg.errors import UserError
+from dsg.reading import read_text
 
 Config = dict[str, Any]
 
@@ -23,12 +24,9 @@ def read_config(path: Path) -> Config:
         UserError: There is none, or it is no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"A grid names runnable configurations, and {str(path)!r} cannot be read "
-            f"({error.strerror}); paths are relative to the grid file."
-        ) from None
+        content = yaml.safe_load(read_text(path))
+    except RecursionError:
+        raise UserError(f"{str(path)!r} is nested too deeply; mend it.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{str(path)!r} is not YAML ({_one_line(error)}); mend it.") from None
     if not isinstance(content, dict):

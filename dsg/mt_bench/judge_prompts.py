@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dsg.errors import UserError
 from dsg.mt_bench.conversations import Conversation
+from dsg.reading import read_text
 
 Message = dict[str, str]
 
@@ -121,7 +122,7 @@ def load_prompts(path: str | Path | None) -> JudgePrompts:
     if path is None:
         return built_in_prompts()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         rows = {row["name"]: row for row in map(json.loads, filter(str.strip, lines))}
         chosen = [rows[name] for name in _NAMES]
         made = _made(
@@ -132,7 +133,7 @@ def load_prompts(path: str | Path | None) -> JudgePrompts:
             example = Conversation(0, "0", category, ("q", "q"), ("r", "r"))
             for turn in (1, 2):
                 made.messages(example, ("a", "a"), turn)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (RecursionError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"`prompts_file` must be a JSONL file of judge prompts with {', '.join(_NAMES)}, each "
             f"with `system_prompt` and `prompt_template`, got {str(path)!r} "

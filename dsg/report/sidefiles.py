@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
+from dsg.reading import parse_json, read_text
 from dsg.results import write_atomically
 
 DENSITIES_FILE = "densities.json"
@@ -142,10 +143,7 @@ def _read(run_dir: str | Path, file_name: str, absent: Any) -> Any:
     path = Path(run_dir) / file_name
     if not path.is_file():
         return absent
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it or write it again.") from None
+    return parse_json(read_text(path), str(path), "delete it or write it again")
 
 
 def _rounded(value: Any) -> Any:

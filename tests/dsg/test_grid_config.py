@@ -75,7 +75,10 @@ def test_numbers_are_read_as_the_command_line_reads_them(tmp_path):
         ({"colour": "red"}, "'colour' is not accepted"),
         ({"attacked": ["npo"]}, "`attacked` must name entries of `methods`, got 'npo'"),
         ({"attacked": []}, "`attacks` and `attacked` belong together"),
-        ({"attacks.relearn_full.lr": [0.0]}, "`attacks.relearn_full.lr` must be positive, got 0"),
+        (
+            {"attacks.relearn_full.lr": [0.0]},
+            "relearn_full.lr` must be positive and finite",
+        ),
         ({"attacks.relearn_full.rate": 1}, "unknown entry 'rate'"),
         ({"methods.rmu.grids": {}}, "`methods.rmu` has the unknown entry 'grids'"),
         ({"methods.rmu.epochs": [2, 1]}, "must be increasing numbers from 1"),

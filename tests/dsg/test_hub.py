@@ -145,14 +145,14 @@ def test_csv_gives_strings(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"a": 1}\n\n{"a": \n', r"x.jsonl, line 3, must be JSON, got none"),
+        ("x.jsonl", b'{"a": 1}\n\n{"a": \n', r"x.jsonl, line 3 is not JSON"),
         ("x.jsonl", b'{"a": 1}\n[2]\n', r"x.jsonl, line 2, must be a JSON object, got list"),
-        ("x.json", b'[{"a": 1},\n {"b" 2}]', r"x.json, line 2, must be JSON, got none"),
+        ("x.json", b'[{"a": 1},\n {"b" 2}]', r"x.json, line 2 is not JSON"),
         ("x.json", b'{"a": 1}', r"must hold a list of JSON objects, got dict"),
         ("x.json", b'[{"a": 1}, 2]', r"x.json, entry 2, must be a JSON object, got int"),
         ("x.jsonl", b"\n", r"must hold at least one row, got none"),
         ("x.csv", b"a,b\n", r"must hold at least one row, got none"),
-        ("x.csv", b"a\n\xff\n", r"must be text in UTF-8, got other bytes from byte 2 on"),
+        ("x.csv", b"a\n\xff\n", r"is not text in UTF-8 \(byte 2 is the first"),
         ("x.parquet", b"no", r"must be Parquet, got none"),
         ("x.txt", b"no", r"must be one of .jsonl, .json, .csv, .parquet; convert it"),
     ],
@@ -164,7 +164,7 @@ def test_broken_files_name_the_place(tmp_path, name, content, message):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"gone.jsonl cannot be read \(no such file or directory"):
+    with pytest.raises(UserError, match=r"gone.jsonl' cannot be read \(no such file or directory"):
         load_rows(str(tmp_path / "gone.jsonl"), None, "test")
 
 

@@ -107,7 +107,7 @@ def test_outputs_that_must_agree_and_do_not_fail_the_command(wrong, measured, mo
         (["--tokens", "512", "15"], r"--tokens must be at least 16, got \[512, 15\]"),
         (["--memory_tokens", "0"], "--memory_tokens must be at least 1"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        (["--json", "no/such/folder/file.json"], "--json must lie in an existing folder"),
+        (["--json", "no/such/folder/file.json"], "--json must be a file in an existing folder"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(arguments, message, measured):

@@ -57,7 +57,7 @@ def options(folder, sae, *more):
 
 
 def test_identity_is_doubtful_only_for_not_being_sparse(folder, capsys):
-    out = folder / "out" / "fit.json"
+    out = folder / "fit.json"
     assert check.run(options(folder, "identity", "--json", out, "--clamp_value", "-20")) == 0
     printed = capsys.readouterr().out
     assert "verdict: doubtful" in printed

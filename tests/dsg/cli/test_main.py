@@ -81,8 +81,8 @@ def test_unknown_command_names_the_near_ones(typed, near, capsys):
 
 def test_unknown_command_without_near_names_lists_all(capsys):
     assert main(["qqqqq"]) == 2
-    commands = "fit or validate or test or predict or check or demo or bench or grid"
-    commands += " or compare or report"
+    commands = "choose one of fit, validate, test, predict, check, demo, bench, grid"
+    commands += ", compare, report"
     assert commands in capsys.readouterr().err
 
 

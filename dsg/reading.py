@@ -1,0 +1,83 @@
+"""Files that a user names: opened only if they are files, decoded and parsed with one sentence.
+
+A pipe would be waited for and a device read for ever; both are refused before they are opened.
+"""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from dsg.errors import UserError
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        UserError: It is missing, no regular file, or may not be read.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UserError(
+                f"{str(path)!r} cannot be read (it is a pipe, a socket or a device); save its "
+                "content in a file and name that."
+            )
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read ({reason(error)}); check its name."
+        ) from None
+
+
+def read_text(path: str | Path) -> str:
+    """The content of a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: As for `read_bytes`; or it is no such text.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{str(path)!r} is not text in UTF-8 (byte {error.start} is the first that does not "
+            "fit); convert it."
+        ) from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: As for `read_text`; or it is no JSON.
+    """
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, place: str, remedy: str = "mend or delete it") -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: The text.
+        place: File, and perhaps line, that it comes from.
+        remedy: What to do if it is no JSON.
+
+    Raises:
+        UserError: It is no JSON, or one that no sensible file holds.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text.strip() else ""
+        raise UserError(f"{place}{line} is not JSON ({error.msg}); {remedy}.") from None
+    except (RecursionError, ValueError):  # nested too deeply; a number of thousands of digits
+        raise UserError(
+            f"{place} is not JSON that can be read (nested too deeply, or a number too long); "
+            f"{remedy}."
+        ) from None
+
+
+def reason(error: Exception) -> str:
+    """Why the system refused a path, in lower case and without the path."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
