@@ -116,7 +116,7 @@ def file_facts(paths: Iterable[str | Path]) -> list[dict[str, str | int]]:
 
 def paragraphs_of(path: Path) -> Iterator[list[str]]:
     """Words of each paragraph of a plain text, or of each text of a JSONL file."""
-    text = _read_text(path)
+    text = read_plain_text(path)
     if path.suffix != ".jsonl":
         for paragraph in text.replace("\r\n", "\n").split("\n\n"):
             yield paragraph.split()
@@ -136,7 +136,12 @@ def _text_of(line: str, place: str) -> str:
     return record["text"]
 
 
-def _read_text(path: Path) -> str:
+def read_plain_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        UserError: There is none, or it is something else.
+    """
     text = read_text(path)
     if "\0" in text:
         raise UserError(

@@ -40,12 +40,10 @@ def score_prompts(model: nn.Module, batch: PromptBatch, guard: AnyGuard | None =
         a guard). And `generated` `[b, max_new_tokens]`, the generated ids followed by `UNUSED`.
     """
     inner = unwrap(model)
-    pad_id = padding_id(batch.tokenizer)
     with guarded(inner, guard, decision="prompt") as forward:
-        output = generate_greedily(inner, batch.tokens, batch.max_new_tokens, pad_id)
+        generated = generate_to_end(inner, batch)
         triggered, density = forward.decision(len(batch.ids))
-    ends = _end_ids(inner, batch.tokenizer)
-    rows = [_before(ends, row) for row in output.tolist()]
+    rows = [[token_id for token_id in row if token_id != UNUSED] for row in generated.tolist()]
     pairs = [
         (said_text(batch.tokenizer, batch.stop, row), reference)
         for row, reference in zip(rows, batch.references, strict=True)
@@ -56,16 +54,33 @@ def score_prompts(model: nn.Module, batch: PromptBatch, guard: AnyGuard | None =
         "num_tokens": [len(row) for row in rows],
         "repetition": [repeated_share(row) for row in rows],
     }
-    generated = torch.full((len(rows), batch.max_new_tokens), UNUSED)
-    for place, row in enumerate(rows):
-        generated[place, : len(row)] = torch.tensor(row, dtype=torch.long)
     return {
         **{name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()},
-        "nll": _mean_losses(inner, batch.tokens, generated.to(output.device)),
+        "nll": _mean_losses(inner, batch.tokens, generated.to(inner.device)),
         "triggered": triggered.double(),
         "density": density.double(),
         "generated": generated,
     }
+
+
+def generate_to_end(model: Any, batch: PromptBatch) -> Int[Tensor, "b new"]:
+    """Greedy continuations up to the end of the text, under whatever guard is attached.
+
+    Args:
+        model: The unwrapped causal LM.
+        batch: Prompts, on the model's device.
+
+    Returns:
+        The generated ids, the end of the text left out, followed by `UNUSED`; on the CPU.
+    """
+    pad_id = padding_id(batch.tokenizer)
+    output = generate_greedily(model, batch.tokens, batch.max_new_tokens, pad_id)
+    ends = _end_ids(model, batch.tokenizer)
+    generated = torch.full((len(output), batch.max_new_tokens), UNUSED)
+    for place, row in enumerate(output.tolist()):
+        said = _before(ends, row)
+        generated[place, : len(said)] = torch.tensor(said, dtype=torch.long)
+    return generated
 
 
 def said_text(tokenizer: Any, stop: Sequence[str], ids: Sequence[int]) -> str:

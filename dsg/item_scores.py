@@ -1,6 +1,5 @@
 """Values of every item on disk: `items.parquet`, beside the results that were made of them."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from dsg.errors import UserError
 from dsg.items import Item, Passage, Question, item_key
 from dsg.results import ITEMS_FILE
+from dsg.row_files import write_parquet
 
 
 def item_rows(
@@ -44,18 +44,7 @@ def item_rows(
 
 def write_items(run_dir: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write `items.parquet` in one atomic step; columns that a row lacks are null."""
-    import pyarrow  # here, because it takes a while to import
-    import pyarrow.parquet
-
-    rows = list(rows)
-    names = list({name: None for row in rows for name in row})
-    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
-    path = Path(run_dir) / ITEMS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    pyarrow.parquet.write_table(table, unfinished)
-    os.replace(unfinished, path)
-    return path
+    return write_parquet(Path(run_dir) / ITEMS_FILE, rows)
 
 
 def read_items(run_dir: str | Path) -> list[dict[str, Any]]:

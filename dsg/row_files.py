@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{path} must hold at least one row, got none; add some.")
     return rows
+
+
+def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows in one atomic step; columns that a row lacks are null."""
+    import pyarrow  # here, because it takes a while to import
+    import pyarrow.parquet
+
+    rows = list(rows)
+    names = list({name: None for row in rows for name in row})
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    pyarrow.parquet.write_table(table, unfinished)
+    os.replace(unfinished, path)
+    return path
 
 
 def _jsonl_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from lightning_modules.conversation import ConversationModule
 from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.finetuning import FinetuningModule
+from lightning_modules.prediction import PredictionModule
 from lightning_modules.pretraining import PretrainingModule
 from lightning_modules.question_filter import QuestionFilterModule
 from lightning_modules.relearning import RelearningModule
@@ -14,6 +15,7 @@ __all__ = [
     "ConversationModule",
     "EvaluationModule",
     "FinetuningModule",
+    "PredictionModule",
     "PretrainingModule",
     "QuestionFilterModule",
     "RelearningModule",

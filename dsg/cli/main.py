@@ -85,7 +85,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "fit": ("train: pretraining, unlearning, relearning attacks, sequences", _lightning("fit")),
     "validate": ("select features and calibrate a guard, or validate", _lightning("validate")),
     "test": ("evaluate a model with and without its guard", _lightning("test")),
-    "predict": ("run a model over data and return its predictions", _lightning("predict")),
+    "predict": (
+        "say what a guard decides about each text of a file",
+        _lightning("predict"),
+    ),
     "check": ("say whether an SAE fits a model, before any experiment", _own("check")),
     "demo": ("the whole loop on the embedded benchmark or on your own text", _own("demo")),
     "bench": ("measure a guard's cost, and evaluation beside lm-evaluation-harness", _own("bench")),
