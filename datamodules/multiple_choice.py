@@ -16,7 +16,7 @@ from datamodules.guard_texts import selection_loader
 from datamodules.loading import BatchSize, load_tokenizer, question_loader
 from datamodules.question_variants import variant_loader
 from dsg.choices.fitting import fit_question
-from dsg.choices.permutations import Rule
+from dsg.choices.permutations import VARIANTS, Rule, variant
 from dsg.choices.prompts import ChoiceRow, make_question, rows_digest
 from dsg.choices.question_filter import FilteredModel, QuestionFilter, load_config
 from dsg.choices.subjects import MMLU_SUBJECTS, WMDP_TOPICS, expand_sets
@@ -192,7 +192,8 @@ class MultipleChoiceData(lightning.LightningDataModule):
         if self.task == "select":
             return selection_loader(self)
         if self.task == "filter":
-            return variant_loader(self)
+            variants = self._variants()
+            return variant_loader(self.tokenizer, variants, self.batch_size, self.trainer)
         return self._evaluation(self.val_split)
 
     def test_dataloader(self) -> DataLoader:
@@ -259,6 +260,16 @@ class MultipleChoiceData(lightning.LightningDataModule):
 
     def _evaluation(self, split: Split) -> DataLoader:
         return question_loader(self.tokenizer, self.questions(split), self.batch_size, self.trainer)
+
+    def _variants(self) -> list[Question]:
+        """All variants of all questions: variant v of question i has the id `VARIANTS * i + v`."""
+        return [
+            self.fit(
+                variant(row, number, self.protocol, self.tokenizer, id=VARIANTS * place + number)
+            )
+            for place, row in enumerate(row for rows in self.sets.values() for row in rows)
+            for number in range(VARIANTS)
+        ]
 
     def _letter_ids(self, question: Question) -> dict[str, list[int]]:
         num_prompt, rows = encode_question(self.tokenizer, question)

@@ -172,8 +172,14 @@ class TinyWorldData(lightning.LightningDataModule):
             # Dampening sums up every batch; gradient steps need equally many on each rank.
             module: Any = self.trainer.lightning_module if self.trainer else None
             keep_rest = module is not None and not module.automatic_optimization
-            forget, retain = self.forget_texts(), self.retain_texts()
-            return unlearning_loader(self, forget, retain, keep_rest=keep_rest)
+            return unlearning_loader(
+                self.tokenizer,
+                self.forget_texts()[: self.num_train_texts],
+                self.retain_texts()[: self.num_train_texts],
+                self.train_batch_size,
+                self.trainer,
+                keep_rest=keep_rest,
+            )
         rows = encode_texts(self.tokenizer, self.attack.examples, None)
         rng = random.Random(f"attack order {self.seed}")
         order = rng.sample(range(len(rows)), len(rows))
@@ -277,8 +283,15 @@ class TinyWorldRequests(lightning.LightningDataModule):
         """Forget and retain batches of the current request."""
         # Statistics need every batch; gradient steps need equally many on each rank.
         keep_rest = not self.trainer.lightning_module.automatic_optimization  # type: ignore
-        forget, retain = self.forget_texts(), self.retain_texts()
-        return unlearning_loader(self, forget, retain, passes=self.passes, keep_rest=keep_rest)
+        return unlearning_loader(
+            self.tokenizer,
+            self.forget_texts()[: self.num_train_texts],
+            self.retain_texts()[: self.num_train_texts],
+            self.train_batch_size,
+            self.trainer,
+            passes=self.passes,
+            keep_rest=keep_rest,
+        )
 
     def val_dataloader(self) -> list[DataLoader]:
         """Questions and passages of `val_split`."""

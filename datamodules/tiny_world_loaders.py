@@ -1,19 +1,33 @@
 """Loaders of the tiny world's data modules, whose batches are formed before they are dealt."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
 from datamodules.loading import batch_loader, passage_loader, question_loader
 from datamodules.tiny_world import Split
+from dsg.items import Passage, Question
 from dsg.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
 
-if TYPE_CHECKING:
-    from datamodules.tiny_world_data import TinyWorldData, TinyWorldRequests
+
+class Evaluated(Protocol):
+    """A data module whose questions and passages are evaluated."""
+
+    tokenizer: Any
+    batch_size: int
+    trainer: Any
+
+    def questions(self, split: Split) -> list[Question]:
+        """Questions of a half of the facts."""
+        ...
+
+    def passages(self, split: Split) -> list[Passage]:
+        """Passages of a half of the facts."""
+        ...
 
 
-def evaluation_loaders(data: "TinyWorldData | TinyWorldRequests", split: Split) -> list[DataLoader]:
+def evaluation_loaders(data: Evaluated, split: Split) -> list[DataLoader]:
     """Each question and each passage of a half of the facts exactly once."""
     size, trainer = data.batch_size, data.trainer
     return [
@@ -23,24 +37,21 @@ def evaluation_loaders(data: "TinyWorldData | TinyWorldRequests", split: Split) 
 
 
 def unlearning_loader(
-    data: "TinyWorldData | TinyWorldRequests",
+    tokenizer: Any,
     forget: Sequence[str],
     retain: Sequence[str],
+    batch_size: int,
+    trainer: Any,
     *,
     passes: int = 1,
     keep_rest: bool = False,
 ) -> DataLoader:
     """Pairs of a forget and a retain batch, numbered over all ranks and passes."""
-    count, size = data.num_train_texts, data.train_batch_size
-    pairs = list(
-        zip(
-            encode_texts(data.tokenizer, forget[:count], None),
-            encode_texts(data.tokenizer, retain[:count], None),
-            strict=True,
-        )
+    rows = zip(
+        encode_texts(tokenizer, forget, None), encode_texts(tokenizer, retain, None), strict=True
     )
-    batches = chunks(pairs, size) * passes
-    collate = token_collate(data.tokenizer)
+    batches = chunks(list(rows), batch_size) * passes
+    collate = token_collate(tokenizer)
 
     def pair_collate(items: list[tuple[int, Any]]) -> dict[str, Any]:
         [(id, batch)] = items
@@ -49,7 +60,7 @@ def unlearning_loader(
 
     one_each = [[index] for index in range(len(batches))]
     numbered = list(enumerate(batches))
-    return batch_loader(numbered, one_each, data.trainer, pair_collate, keep_rest=keep_rest)
+    return batch_loader(numbered, one_each, trainer, pair_collate, keep_rest=keep_rest)
 
 
 def token_collate(tokenizer: Any) -> Any:

@@ -9,7 +9,9 @@ import numpy as np
 from dsg.hub import short_name
 from dsg.mt_bench.conversations import NUM_TURNS, Conversation
 from dsg.mt_bench.grading import Judgements, Request, grade
-from dsg.mt_bench.judge import JudgeSettings, make_judge, request_key
+from dsg.mt_bench.judge import Judge, JudgeSettings, request_key
+from dsg.mt_bench.judge_api import ApiJudge
+from dsg.mt_bench.judge_local import LocalJudge
 from dsg.mt_bench.judge_prompts import is_guided, load_prompts
 from dsg.mt_bench.scores import Answers, Ratings
 
@@ -96,3 +98,13 @@ class Grader:
             for messages in (self._prompts.messages(conversation, said, turn),)
             for repeat in range(self._settings.repeats)
         ]
+
+
+def make_judge(settings: JudgeSettings) -> Judge:
+    """The judge of the settings; nothing is loaded or asked yet.
+
+    Raises:
+        UserError: As for `JudgeSettings.check`; or the package for endpoints is missing.
+    """
+    settings.check()
+    return LocalJudge(settings) if settings.kind == "local" else ApiJudge(settings)

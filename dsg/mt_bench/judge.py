@@ -112,22 +112,6 @@ class Judge(Protocol):
         ...
 
 
-def make_judge(settings: JudgeSettings) -> Judge:
-    """The judge of the settings; nothing is loaded or asked yet.
-
-    Raises:
-        UserError: As for `JudgeSettings.check`; or the package for endpoints is missing.
-    """
-    settings.check()
-    if settings.kind == "local":
-        from dsg.mt_bench.judge_local import LocalJudge
-
-        return LocalJudge(settings)
-    from dsg.mt_bench.judge_api import ApiJudge
-
-    return ApiJudge(settings)
-
-
 def parse_rating(reply: str) -> float | None:
     """The first `[[rating]]` of a judgement, in [1, 10]; None where there is none."""
     found = _RATING.search(reply)

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from dsg.errors import UserError
-from dsg.mt_bench.judge import JudgeFailure, JudgeSettings, make_judge, parse_rating, request_key
+from dsg.mt_bench.grader import make_judge
+from dsg.mt_bench.judge import JudgeFailure, JudgeSettings, parse_rating, request_key
 from tests.judge_server import Reply, judge_server
 
 ASKED = [{"role": "user", "content": "How good is this?"}]

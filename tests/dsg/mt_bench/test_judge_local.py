@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from dsg.errors import UserError
-from dsg.mt_bench.judge import JudgeSettings, make_judge
+from dsg.mt_bench.grader import make_judge
+from dsg.mt_bench.judge import JudgeSettings
 from tests.conversations import save_chat_model
 from tests.helpers import tiny_model, tiny_tokenizer
 
