@@ -5,15 +5,15 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dsg.errors import UserError
 
 _MANIFEST = "manifest.json"
+_DRAFT = ".{}.draft"
 _log = logging.getLogger(__name__)
 
 
@@ -51,29 +51,54 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
         UserError: If the cache directory cannot be written.
     """
     root = cache_directory()
+    lock = FileLock(root / f"{name}.lock")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = tempfile.TemporaryDirectory(dir=root)
-        probe.cleanup()
+        lock.acquire()
     except OSError as error:
         raise UserError(
             f"The cache directory {root} cannot be written ({error.strerror}); "
             "set DSG_CACHE to a directory that can."
         ) from error
-    folder = root / name
-    with FileLock(root / f"{name}.lock"):
+    try:
+        folder = root / name
         if folder.exists():
             if _is_sound(folder):
                 return folder
             _log.warning("%s is damaged and is built again.", folder)
             shutil.rmtree(folder)
-        with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as draft:
-            inner = Path(draft) / name
-            inner.mkdir()
-            build(inner)
-            (inner / _MANIFEST).write_text(json.dumps(_digests(inner), indent=1))
-            inner.rename(folder)
+        _remove_dead_drafts(root, name)
+        draft = root / _DRAFT.format(name)
+        try:
+            draft.mkdir()
+            build(draft)
+            (draft / _MANIFEST).write_text(json.dumps(_digests(draft), indent=1))
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    finally:
+        lock.release()
     return folder
+
+
+def _remove_dead_drafts(root: Path, own: str) -> None:
+    """Remove what killed builds left: a draft belongs to a live one only while its lock is held.
+
+    Args:
+        root: The cache directory.
+        own: Name whose lock this process holds.
+    """
+    before, after = _DRAFT.split("{}")
+    for draft in root.glob(_DRAFT.format("*")):
+        name = draft.name.removeprefix(before).removesuffix(after)
+        if name == own:
+            shutil.rmtree(draft)
+            continue
+        try:
+            with FileLock(root / f"{name}.lock").acquire(blocking=False):
+                shutil.rmtree(draft, ignore_errors=True)
+        except Timeout:
+            continue
 
 
 def _digests(folder: Path) -> dict[str, str]:

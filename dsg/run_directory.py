@@ -6,14 +6,17 @@ resumed, so a mistyped `--run_dir` cannot cost the user other files.
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from dsg.errors import UserError
 
 MARKER = ".dsg-run"
-METRICS_FILE = "metrics.csv"
+LOCK = ".dsg-lock"
 
 
 def is_rank_zero() -> bool:
@@ -47,6 +50,7 @@ def run_directory(
 ) -> Iterator[Path]:
     """Claim the directory of a run for the length of a `with` block.
 
+    Nobody else can claim it meanwhile; the operating system ends the claim of a process that dies.
     A `UserError` inside the block undoes everything: what was written is removed and a directory
     that was being overwritten comes back. Any other end, an interrupt included, keeps what was
     written. Ranks other than zero touch nothing and get the same path.
@@ -61,7 +65,7 @@ def run_directory(
 
     Raises:
         UserError: The directory holds files and neither option was given, is not a run directory
-            although one was, or cannot be written.
+            although one was, belongs to a run that still goes on, or cannot be written.
     """
     directory = Path(path).expanduser()
     _check_name(directory)
@@ -72,26 +76,32 @@ def run_directory(
         return
     if overwrite and resume:
         raise UserError("Give either --overwrite or --resume, got both; choose one.")
-    if resume:
-        _check_resumable(directory)
-        yield directory
-        return
-    replaced = _set_aside(directory, overwrite)
-    made = _make(directory)
-    try:
-        yield directory
-    except UserError:
-        _remove_contents(directory)
-        for folder in made:
-            with suppress(OSError):  # someone else may have put a run into a shared parent
-                folder.rmdir()
-        if replaced is not None:
-            replaced.rename(directory.resolve())
-        raise
-    except BaseException:
+    with ExitStack() as locks:
+        if resume:
+            _check_resumable(directory)
+            locks.enter_context(_locked(directory))
+            _write_marker(directory)
+            yield directory
+            return
+        if (directory / MARKER).is_file():
+            locks.enter_context(_locked(directory))
+        replaced = _set_aside(directory, overwrite)
+        made = _make(directory)
+        try:
+            locks.enter_context(_locked(directory))
+            yield directory
+        except UserError:
+            _remove_contents(directory)
+            for folder in made:
+                with suppress(OSError):  # someone else may have put a run into a shared parent
+                    folder.rmdir()
+            if replaced is not None:
+                replaced.rename(directory.resolve())
+            raise
+        except BaseException:
+            _remove(replaced)
+            raise
         _remove(replaced)
-        raise
-    _remove(replaced)
 
 
 def _check_name(directory: Path) -> None:
@@ -104,18 +114,26 @@ def _check_name(directory: Path) -> None:
         raise _unwritable(directory, error) from None
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of a run that was written last; None if the run has none."""
-    checkpoints = directory.rglob("checkpoints/*.ckpt")
-    return max(checkpoints, key=lambda file: (file.stat().st_mtime_ns, file.name), default=None)
-
-
-def keep_earlier_metrics(directory: Path) -> None:
-    """Rename `metrics.csv`, because the CSV logger of a resumed run deletes the one it finds."""
-    current = directory / METRICS_FILE
-    if is_rank_zero() and current.is_file():
-        number = 1 + len(list(directory.glob("metrics.before_resume_*.csv")))
-        current.rename(directory / f"metrics.before_resume_{number}.csv")
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, whose file says who holds it."""
+    path = directory / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        owner = path.read_text(encoding="utf-8").strip() or "another process"
+        raise UserError(
+            f"run_dir {str(directory)!r} belongs to a run that still goes on ({owner}); wait for "
+            f"its end, stop it, or name another --run_dir."
+        ) from None
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def _check_resumable(directory: Path) -> None:
@@ -124,7 +142,6 @@ def _check_resumable(directory: Path) -> None:
             f"--resume needs the directory of an earlier run, got run_dir {str(directory)!r} which "
             f"is none; leave --resume out or name another --run_dir."
         )
-    _write_marker(directory)
 
 
 def _set_aside(directory: Path, overwrite: bool) -> Path | None:

@@ -26,6 +26,11 @@ def one_sentence(message: str) -> str:
     return sentence.replace("Parser key", "key")
 
 
+def one_line(error: Exception) -> str:
+    """The last of an error's lines, which says what the ones before it announce."""
+    return str(error).strip().splitlines()[-1].strip().rstrip(".")
+
+
 def user_error_behind(error: BaseException | None) -> UserError | None:
     """The sentence of a class that refused its arguments, which jsonargparse buries when it raises.
 

@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import shlex
-import sys
 from pathlib import Path
 
 from dsg.errors import UserError
@@ -50,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         UserError: The grid file or an option is wrong, or the run directory cannot be used.
-        KeyboardInterrupt: Ctrl-C; the message tells how to continue.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message tells how to continue.
     """
     if options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {options.jobs}.")
@@ -58,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
     from dsg.cli.grid_files import read_grid
     from dsg.cli.grid_run import run_grid
-    from dsg.cli.interrupts import interrupts_raised
+    from dsg.cli.interrupts import resumable
     from dsg.cli.lightning_cli import run_name
     from dsg.cli.quiet import calm_libraries
     from dsg.run_directory import run_directory
@@ -69,14 +67,9 @@ def run(options: argparse.Namespace) -> int:
     default = Path("runs") / f"{name}{'_fast' * options.fast}"
     run_dir = getattr(options, "run_dir", default)
     calm_libraries()
-    with run_directory(run_dir, overwrite=options.overwrite, resume=options.resume) as folder:
-        try:
-            with interrupts_raised():
-                return run_grid(grid, options.config, folder.resolve(), options.jobs, Console())
-        except KeyboardInterrupt as interrupt:
-            words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-            interrupt.args = (f"continue with: {shlex.join(['dsg', *words, '--resume'])}",)
-            raise
+    claim = run_directory(run_dir, overwrite=options.overwrite, resume=options.resume)
+    with claim as folder, resumable():
+        return run_grid(grid, options.config, folder.resolve(), options.jobs, Console())
 
 
 def available_cpus() -> int:

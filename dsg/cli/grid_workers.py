@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -121,6 +122,7 @@ def _serve(connection: Connection, run_dir: str, work: str) -> None:
     """Body of a process: does cells until the connection closes."""
     # Ctrl-C reaches every process of the terminal; the grid's own ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     prepare_environment()
     while True:
         try:
@@ -129,6 +131,14 @@ def _serve(connection: Connection, run_dir: str, work: str) -> None:
             return
         _redirect_output(cell.log(Path(run_dir)))
         connection.send(_attempt(work, cell, Path(run_dir)))
+
+
+def _die_with_parent() -> None:
+    """A resumed grid does the cells again, so nobody may be left at work on one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _attempt(work: str, cell: Cell, run_dir: Path) -> str | None:

@@ -2,12 +2,11 @@
 
 import argparse
 import contextlib
-import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +17,17 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from dsg.cli.config_errors import one_sentence, user_error_behind
+from dsg.atomic import remove_drafts
+from dsg.checkpoints import newest_checkpoint, read_checkpoint
+from dsg.cli.benchmark_names import map_strings, resolve_benchmark
+from dsg.cli.config_errors import one_line, one_sentence, user_error_behind
+from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.interrupts import interrupts_raised
+from dsg.cli.kept_rows import KeptRows, RowsInCheckpoints
 from dsg.cli.quiet import calm_libraries
+from dsg.cli.run_parts import EndsAtSigterm, with_whole_checkpoints
 from dsg.cli.tracking import (
     Unfailing,
     data_facts,
@@ -34,12 +38,7 @@ from dsg.cli.tracking import (
 from dsg.errors import UserError
 from dsg.journal import FOLDER as JOURNAL_FOLDER
 from dsg.results import read_run_facts, write_run_facts
-from dsg.run_directory import (
-    is_rank_zero,
-    keep_earlier_metrics,
-    newest_checkpoint,
-    run_directory,
-)
+from dsg.run_directory import is_rank_zero, run_directory
 
 CONFIG_FILE = "config.yaml"
 # Defaults of every run; a configuration names only what differs. Loggers write into the run
@@ -58,6 +57,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
+# Values of --ckpt_path that Lightning looks up itself.
+_NAMED_CHECKPOINTS = (None, "best", "last", "hpc")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -72,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         UserError: The configuration is wrong, the run directory cannot be used, or the run itself
             finds its input wrong.
-        KeyboardInterrupt: Ctrl-C; the message tells how to continue.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message tells how to continue.
     """
     calm_libraries()
     parser_kwargs = {name: {"exit_on_error": False} for name in RunCLI.subcommands()}
@@ -84,6 +85,13 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"{one_sentence(str(error))}; see dsg {argv[0]} --help.") from None
         except MisconfigurationException as error:
             raise UserError(str(error)) from error
+        except RuntimeError as error:
+            if "in loading state_dict for" not in str(error):
+                raise
+            raise UserError(
+                f"the checkpoint must be of this run, got one with other weights "
+                f"({one_line(error)}); give the same configuration or start again with --overwrite."
+            ) from None
         except ValueError as error:
             refusal = user_error_behind(error)
             if refusal is None:
@@ -126,7 +134,8 @@ class RunCLI(LightningCLI):
         super().__init__(
             args=arguments,
             save_config_callback=SaveRunConfig,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS
+            | {"callbacks": [RowsInCheckpoints(), EndsAtSigterm()]},
             seed_everything_default=0,
             **kwargs,
         )
@@ -155,6 +164,14 @@ class RunCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path not in _NAMED_CHECKPOINTS:
+            read_checkpoint(Path(path))  # bad input ends the run here
+        super()._parse_ckpt_path()
+
+    @override
     def before_instantiate_classes(self) -> None:
         if self.subcommand is None:  # only parsing and instantiating: nothing runs or is saved
             self.save_config_callback = None
@@ -180,22 +197,27 @@ class RunCLI(LightningCLI):
         config.trainer.logger = place_loggers(
             config.trainer.logger, self.run_dir.absolute(), experiment
         )
-        self.config[self.subcommand] = _map_strings(config, resolve_benchmark)
+        self.config[self.subcommand] = map_strings(config, resolve_benchmark)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         configured = self._get(self.config_init, "trainer", default={})
-        return super().instantiate_trainer(logger=unfailing(configured.get("logger")), **kwargs)
+        loggers = unfailing(configured.get("logger"))
+        if loggers:
+            loggers = [*(loggers if isinstance(loggers, list) else [loggers]), KeptRows()]
+        plugins = with_whole_checkpoints(configured.get("plugins"))
+        return super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
 
     def _continue(self, config: Namespace) -> None:
-        keep_earlier_metrics(self.run_dir)
+        if is_rank_zero():
+            remove_drafts(self.run_dir)
         if self.subcommand != "fit" or config.ckpt_path is not None:
             return
         checkpoint = newest_checkpoint(self.run_dir)
         if checkpoint is None:
             raise UserError(
-                f"--resume needs a checkpoint, and run_dir {str(self.run_dir)!r} holds none; "
-                f"use --overwrite to start that run again."
+                f"--resume needs a checkpoint that can be read, and run_dir "
+                f"{str(self.run_dir)!r} holds none; use --overwrite to start that run again."
             )
         config.ckpt_path = str(checkpoint)
 
@@ -204,6 +226,8 @@ class RunCLI(LightningCLI):
         trainer = getattr(self, "trainer", None)
         if isinstance(error, KeyboardInterrupt):
             error.args = (self._how_to_continue(),)
+        elif error is not None and disk_full_behind(error):
+            error.add_note(self._how_to_continue())
         if error is not None and trainer is not None and trainer.strategy.launcher is not None:
             # Ranks that wait for this one would hang, or die with a traceback of their own.
             trainer.strategy.launcher.kill(signal.SIGKILL)
@@ -245,40 +269,3 @@ def run_name(config_path: Path) -> str:
     parts = config_path.with_suffix("").parts
     below = parts[::-1].index("configs") if "configs" in parts else 1
     return "_".join(parts[len(parts) - below :])
-
-
-def resolve_benchmark(value: str) -> str:
-    """Replace `tiny_world:SEED/model` or `tiny_world:SEED/sae` by the folder that holds it.
-
-    The embedded benchmark is trained if the cache does not hold it yet.
-
-    Raises:
-        UserError: The value begins like one of the two but is neither.
-    """
-    if not value.startswith("tiny_world:"):
-        return value
-    match = re.fullmatch(r"tiny_world:(\d+)/(model|sae)", value)
-    if match is None:
-        raise UserError(
-            f"The embedded benchmark is named tiny_world:SEED/model or tiny_world:SEED/sae, "
-            f"got {value!r}; mend the configuration."
-        )
-    from dsg.cli.benchmark import ensure_benchmark
-
-    # Training it draws random numbers; a run must not depend on whether the cache was warm.
-    with isolate_rng():
-        return str(ensure_benchmark(int(match[1])) / match[2])
-
-
-def _map_strings(value: Any, replace: Callable[[str], str]) -> Any:
-    """Apply `replace` to every string of a nested configuration, in place where possible."""
-    if isinstance(value, str):
-        return replace(value)
-    if isinstance(value, list):
-        return [_map_strings(item, replace) for item in value]
-    if isinstance(value, dict):
-        return {name: _map_strings(item, replace) for name, item in value.items()}
-    if isinstance(value, Namespace):
-        for name, item in vars(value).items():
-            setattr(value, name, _map_strings(item, replace))
-    return value

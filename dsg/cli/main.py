@@ -9,19 +9,21 @@ from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
+from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.environment import prepare_environment
-from dsg.cli.interrupts import interrupts_raised
+from dsg.cli.interrupts import Terminated, interrupts_raised
 from dsg.errors import UserError, did_you_mean
 from dsg.run_directory import is_rank_zero
 
-INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+# What a shell reports for a process ended by Ctrl-C and by SIGTERM.
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    A `UserError` becomes one line and status 2, Ctrl-C one line and status 130. Any other exception
-    is a bug and keeps its traceback.
+    A `UserError` becomes one line and status 2, a full disk one line and status 1, Ctrl-C and
+    SIGTERM one line and status 130 and 143. Any other exception is a bug and keeps its traceback.
 
     Args:
         argv: Arguments after the program's name; those of the process by default. Runs on several
@@ -40,12 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"error{rank}: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
         if _may_speak():
-            _complain(f"interrupted; {interrupt.args[0] if interrupt.args else 'start it again'}")
-        return INTERRUPTED
+            what = "terminated" if terminated else "interrupted"
+            _complain(f"{what}; {interrupt.args[0] if interrupt.args else 'start it again'}")
+        return TERMINATED if terminated else INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit; nobody listens, so let it write to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        reason = disk_full_behind(error)
+        if reason is None:
+            raise
+        notes = getattr(error, "__notes__", ["start it again"])
+        _complain(f"error: {reason}; free some space and {notes[-1]}")
         return 1
 
 

@@ -2,8 +2,6 @@
 
 import argparse
 import functools
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from rich.console import Console
 
 from datamodules.text_files import file_facts, read_uses
 from dsg.cli.benchmark import HOOK_POINT, MODEL_FOLDER, SAE_FOLDER
+from dsg.cli.interrupts import resumable
 from dsg.cli.pretrained import open_pretrained
 from dsg.cli.quiet import calm_libraries
 from dsg.cli.stages import Stages
@@ -35,22 +34,14 @@ from lightning_modules.loading import short_name
 SIZES = Sizes()
 # Selection reads this many texts of each kind where the model may be a thousand times larger.
 PRETRAINED_TEXTS = 300
-_RUN_OPTIONS = ("--overwrite", "--resume")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the demonstration on `options.forget` and `options.retain` and print its table."""
     calm_libraries()
-    arguments = [argument for argument in sys.argv[1:] if argument not in _RUN_OPTIONS]
-    with run_directory(
-        options.run_dir, overwrite=options.overwrite, resume=options.resume
-    ) as run_dir:
-        try:
-            _run(run_dir, options, Console())
-        except KeyboardInterrupt as interrupt:
-            command = shlex.join(["dsg", *arguments, "--resume"])
-            interrupt.args = (f"continue with: {command}",)
-            raise
+    claim = run_directory(options.run_dir, overwrite=options.overwrite, resume=options.resume)
+    with claim as run_dir, resumable():
+        _run(run_dir, options, Console())
     return 0
 
 

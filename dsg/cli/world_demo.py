@@ -6,7 +6,6 @@ validation half of the facts and every reported number is measured on the test h
 
 import argparse
 import functools
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from dsg.cli.benchmark import ensure_benchmark
-from dsg.cli.interrupts import interrupts_raised
+from dsg.cli.interrupts import resumable
 from dsg.cli.quiet import calm_libraries
 from dsg.cli.stages import Stages
 from dsg.cli.trainers import Tracking
@@ -47,21 +46,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the demonstration and print its table."""
     calm_libraries()
     console = Console()
-    arguments = [argument for argument in sys.argv[1:] if argument not in _RUN_OPTIONS]
-    with run_directory(
-        options.run_dir, overwrite=options.overwrite, resume=options.resume
-    ) as run_dir:
-        try:
-            with interrupts_raised():
-                _run(run_dir.resolve(), options, console)
-        except KeyboardInterrupt as interrupt:
-            command = shlex.join(["dsg", *arguments, "--resume"])
-            interrupt.args = (f"continue with: {command}",)
-            raise
+    claim = run_directory(options.run_dir, overwrite=options.overwrite, resume=options.resume)
+    with claim as run_dir, resumable():
+        _run(run_dir.resolve(), options, console)
     return 0
-
-
-_RUN_OPTIONS = ("--overwrite", "--resume")
 
 
 def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:

@@ -64,6 +64,26 @@ def test_an_interrupted_build_leaves_nothing() -> None:
     assert build.runs == 1
 
 
+def test_drafts_of_killed_builds_are_removed_but_not_those_of_live_ones() -> None:
+    root = cache_directory()
+
+    def build_while_others_build(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        for name in ("dead", "dead-longer"):
+            (root / f".{name}.draft" / "inner").mkdir(parents=True)
+        cached_folder("other", Builder())
+        assert (folder / "half").is_file()
+
+    cached_folder("live", build_while_others_build)
+    assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["live", "other"]
+
+
+def test_a_draft_of_the_same_name_is_begun_afresh() -> None:
+    (cache_directory() / ".thing.draft").mkdir(parents=True)
+    (cache_directory() / ".thing.draft" / "stray").touch()
+    assert not (cached_folder("thing", Builder()) / "stray").exists()
+
+
 def test_concurrent_callers_build_once() -> None:
     build = Builder()
     threads = [threading.Thread(target=cached_folder, args=("thing", build)) for _ in range(4)]

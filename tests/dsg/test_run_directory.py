@@ -1,17 +1,14 @@
 """The run directory: claimed safely, undone after a user error, kept after anything else."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from dsg.errors import UserError
-from dsg.run_directory import (
-    MARKER,
-    is_rank_zero,
-    keep_earlier_metrics,
-    newest_checkpoint,
-    run_directory,
-)
+from dsg.run_directory import LOCK, MARKER, is_rank_zero, run_directory
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +76,7 @@ def test_overwrite_replaces_an_earlier_run(earlier_run):
     with run_directory(earlier_run, overwrite=True):
         assert not (earlier_run / "results.jsonl").exists()
         (earlier_run / "new").touch()
-    assert {path.name for path in earlier_run.iterdir()} == {MARKER, "new"}
+    assert {path.name for path in earlier_run.iterdir()} == {MARKER, LOCK, "new"}
     assert [path.name for path in earlier_run.parent.iterdir()] == ["run"]
 
 
@@ -181,21 +178,32 @@ def test_other_ranks_touch_nothing(earlier_run, tmp_path, monkeypatch):
         assert not (tmp_path / "new").exists()
 
 
-def test_newest_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    for age, name in enumerate(["epoch=9.ckpt", "epoch=10.ckpt", "last.ckpt"]):
-        (folder / name).touch()
-        os.utime(folder / name, (100 - age, 100 - age))
-    assert newest_checkpoint(tmp_path) == folder / "epoch=9.ckpt"
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_live_run_is_left_alone(earlier_run, options):
+    with run_directory(earlier_run, resume=True):
+        (earlier_run / "results.jsonl").write_text("live")
+        with pytest.raises(UserError, match=f"goes on \\(process {os.getpid()} on .*stop it"):
+            claim(earlier_run, write="other", **options)
+        assert (earlier_run / "results.jsonl").read_text() == "live"
+        assert not (earlier_run / "other").exists()
+    claim(earlier_run, write="other", overwrite=True)
 
 
-def test_earlier_metrics_are_kept_under_new_names(tmp_path):
-    keep_earlier_metrics(tmp_path)
-    for text in ("first", "second"):
-        (tmp_path / "metrics.csv").write_text(text)
-        keep_earlier_metrics(tmp_path)
-    assert (tmp_path / "metrics.before_resume_1.csv").read_text() == "first"
-    assert (tmp_path / "metrics.before_resume_2.csv").read_text() == "second"
-    assert not (tmp_path / "metrics.csv").exists()
+def test_a_fresh_run_cannot_be_taken_either(tmp_path):
+    with run_directory(tmp_path / "run"), pytest.raises(UserError, match="still goes on"):
+        claim(tmp_path / "run", overwrite=True)
+
+
+def test_a_killed_run_holds_no_claim(tmp_path):
+    code = (
+        "import sys, time; from dsg.run_directory import run_directory\n"
+        "with run_directory(sys.argv[1]): print('claimed', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "claimed\n"
+        with pytest.raises(UserError, match=f"process {process.pid} on"):
+            claim(tmp_path / "run", resume=True)
+        process.send_signal(signal.SIGKILL)
+    claim(tmp_path / "run", resume=True)

@@ -24,9 +24,9 @@ def work(cell: Cell, run_dir: Path) -> None:
         raise SystemExit(3)
     if action == "die":
         os._exit(9)
+    (folder / "pid").write_text(str(os.getpid()))
     if action == "hang":
         time.sleep(600)
-    (folder / "pid").write_text(str(os.getpid()))
 
 
 def measure(cell: Cell, run_dir: Path) -> None:

@@ -1,7 +1,12 @@
 """Processes of a grid: they are reused, say why a cell failed, and may die without harm."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from dsg.cli.grid_workers import Workers
 from dsg.grid.cells import Cell
@@ -61,3 +66,43 @@ def test_leaving_the_block_ends_what_runs(tmp_path):
         assert (outcome.cell.name, outcome.reason) == ("write", None)
     assert not cell("hang", "hang").is_finished(tmp_path)
     assert cell("write", "write").is_finished(tmp_path)
+
+
+ORPHANING = """
+import sys
+from pathlib import Path
+from dsg.cli.grid_workers import Workers
+from dsg.grid.cells import Cell
+
+if __name__ == "__main__":
+    with Workers(1, Path(sys.argv[1]), "tests.dsg.cli.grid_work:work") as workers:
+        list(workers.run([Cell("hang", "fit", {"action": "hang"})]))
+"""
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.is_file() and "(zombie)" not in status.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_grid_leaves_nobody_at_work(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANING)
+    root = Path(__file__).parents[3]
+    command = [sys.executable, str(script), str(tmp_path / "run")]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(root)}) as grid:
+        wait_for(lambda: list((tmp_path / "run").rglob("pid")))
+        pid = next((tmp_path / "run").rglob("pid"))
+        wait_for(lambda: pid.read_text())
+        worker = int(pid.read_text())
+        assert is_alive(worker)
+        grid.kill()
+    wait_for(lambda: not is_alive(worker))

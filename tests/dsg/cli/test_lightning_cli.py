@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -159,42 +158,6 @@ def test_trainer_that_cannot_be_had_is_one_line(write_config, capsys):
     assert "limit_train_batches" in error
     assert error.count("\n") == 1
     assert os.listdir() == ["tiny.yaml"]
-
-
-@pytest.fixture
-def interruptible():
-    """A shell that starts the tests in the background lets them ignore Ctrl-C."""
-    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, outer)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_interrupt_then_resume(write_config, capsys):
-    config = write_config("InterruptedModule", trainer={"max_epochs": 4})
-    logger = "--trainer.logger=lightning.pytorch.loggers.CSVLogger"
-    options = ["-c", config, logger, "--trainer.logger.save_dir=."]
-    assert main(["fit", *options]) == 130
-    command = " ".join(["dsg fit", *options])
-    assert capsys.readouterr().err == f"dsg: interrupted; continue with: {command} --resume\n"
-    write_config("TinyModule", trainer={"max_epochs": 4})
-    assert main(["fit", *options, "--resume"]) == 0
-    epochs = []
-    for name in ("metrics.before_resume_1.csv", "metrics.csv"):
-        with Path("runs/tiny", name).open() as file:
-            epochs.append([int(row["epoch"]) for row in csv.DictReader(file)])
-    assert epochs == [[0, 1], [2, 3]]
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_interrupt_without_checkpoint_says_to_start_again(write_config, capsys):
-    trainer = {"max_epochs": 4, "enable_checkpointing": False}
-    config = write_config("InterruptedModule", trainer=trainer)
-    assert main(["fit", "-c", config]) == 130
-    message = "dsg: interrupted; start again with: dsg fit -c tiny.yaml --overwrite\n"
-    assert capsys.readouterr().err == message
-    assert main(["fit", "-c", config, "--resume"]) == 2
-    assert "--resume needs a checkpoint" in capsys.readouterr().err
 
 
 def test_embedded_benchmark_is_resolved_for_the_run_but_not_saved(write_config, monkeypatch):

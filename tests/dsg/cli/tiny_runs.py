@@ -1,12 +1,16 @@
 """Modules of a few numbers that the command line's tests run by class path."""
 
+import errno
+import os
 import signal
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dsg.atomic import write_atomically
 from dsg.errors import UserError
 
 
@@ -39,11 +43,35 @@ class RefusingModule(TinyModule):
 
 
 class InterruptedModule(TinyModule):
-    """Gets Ctrl-C in its third epoch."""
+    """Gets a signal in its third epoch, Ctrl-C by default."""
+
+    def __init__(self, number: int = signal.SIGINT.value, **settings):
+        super().__init__(**settings)
+        self.number = number
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
+
+
+class WordyModule(TinyModule):
+    """Writes more than fits on a small disk."""
+
+    def on_train_epoch_end(self) -> None:
+        self._write()
+
+    on_test_epoch_end = on_train_epoch_end
+
+    def _write(self) -> None:
+        write_atomically(Path(self.trainer.default_root_dir) / "long.txt", "long" * 1000)
+
+
+class FullDiskModule(TinyModule):
+    """Finds the disk full in its third epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.jsonl")
 
 
 class TinyData(LightningDataModule):
