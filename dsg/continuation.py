@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from dsg.errors import UserError
+from dsg.finite import FiniteLogits
 from dsg.guard import Guard
 from dsg.hooks import unwrap
 from dsg.metrics import Estimate, mean_interval, rouge_l
@@ -96,7 +98,12 @@ def greedy_continuation(
 def generate_greedily(
     model: Any, prompts: TokenBatch, new_tokens: int, pad_id: int
 ) -> Int[Tensor, "batch new"]:
-    """`greedy_continuation` of an unwrapped model, under whatever guard is attached to it."""
+    """`greedy_continuation` of an unwrapped model, under whatever guard is attached to it.
+
+    Raises:
+        UserError: A logit is not finite: the model has diverged.
+    """
+    watching = FiniteLogits()
     output = model.generate(
         **prompts.model_inputs(),
         max_new_tokens=new_tokens,
@@ -104,7 +111,9 @@ def generate_greedily(
         num_beams=1,
         repetition_penalty=1.0,
         pad_token_id=pad_id,
+        logits_processor=LogitsProcessorList([watching]),
     )
+    watching.check()
     return output[:, prompts.input_ids.shape[1] :]
 
 

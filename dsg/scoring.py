@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dsg.finite import check_log_probs
 from dsg.forward import guarded
 from dsg.guard import Guard
 from dsg.hooks import unwrap
@@ -58,8 +59,12 @@ def score_questions(
         protocol: `correct_plain` (highest log-probability), `correct_chars` (highest
         log-probability per character), and of each answer i `log_prob_<i>` and `num_tokens_<i>`.
         `triggered` and `density` are of the unedited model; NaN without a guard.
+
+    Raises:
+        UserError: A log-probability is not finite: the model has diverged.
     """
     token_log_probs, triggered, density = _option_log_probs(unwrap(model), batch, guard)
+    check_log_probs(token_log_probs)
     rows = (len(batch.ids), batch.num_options)
     log_probs = token_log_probs.sum(dim=1).reshape(rows)
     tokens = batch.options.token_mask.sum(dim=1).reshape(rows)
@@ -102,6 +107,9 @@ def score_passages(model: nn.Module, batch: PassageBatch, guard: AnyGuard | None
         the context), `num_tokens` (how many those are), `min_k` (mean log-probability of the 40 %
         least probable ones, rounded down but at least one: Min-K %, Shi et al. 2024; NaN where
         there is no token), `triggered` and `density` (NaN without a guard).
+
+    Raises:
+        UserError: As for `score_questions`.
     """
     inner, tokens = unwrap(model), batch.tokens
     places = torch.arange(tokens.input_ids.shape[1], device=tokens.input_ids.device)
@@ -118,8 +126,10 @@ def score_passages(model: nn.Module, batch: PassageBatch, guard: AnyGuard | None
         F.cross_entropy(row[:-1][keep].float(), ids[1:][keep], reduction="none").double()
         for row, ids, keep in zip(logits, tokens.input_ids, scored, strict=True)
     ]
+    sums = torch.stack([row.sum() for row in losses])
+    check_log_probs(sums)
     return {
-        "nll_sum": torch.stack([row.sum() for row in losses]),
+        "nll_sum": sums,
         "num_tokens": scored.sum(dim=1).double(),
         "min_k": torch.stack([_min_k(row) for row in losses]),
         "triggered": triggered.double(),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
 from dsg.errors import UserError
+from dsg.finite import finite_loss
 from dsg.objectives.likelihood import mean_nll, next_token_logits
 from dsg.tokens import TokenBatch
 from lightning_modules.distributed import exclude_frozen_from_ddp
@@ -88,6 +89,7 @@ class FinetuningModule(lightning.LightningModule):
         del batch_idx
         assert self.model is not None
         loss = mean_nll(next_token_logits(self.model, batch), batch)
+        finite_loss(loss, self.global_step)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids))
         return loss
 

@@ -14,6 +14,7 @@ from dsg.attackers import Attacker, Task
 from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
 from dsg.drift import Drift
 from dsg.errors import UserError
+from dsg.finite import finite_loss
 from dsg.forward import guarded
 from dsg.guard import Guard
 from dsg.hooks import unwrap
@@ -162,6 +163,7 @@ class RelearningModule(lightning.LightningModule):
         in_loop = self.guard if self.mode == "train_time" else None
         with guarded(unwrap(self.model), in_loop) as forward:
             loss = self.attacker(forward, batch, self.guard)
+        finite_loss(loss.total, self.global_step)
         size = len(batch.input_ids)
         self.log("train/loss", loss.total, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": part for name, part in loss.parts.items()}, batch_size=size)

@@ -7,6 +7,7 @@ import lightning
 from torch import nn
 from transformers import PreTrainedModel
 
+from dsg.finite import check_weights
 from dsg.guard import Guard
 from dsg.stack import GuardStack
 
@@ -25,9 +26,13 @@ def save_model_folder(trainer: lightning.Trainer, model: nn.Module) -> Path | No
 
     Returns:
         The folder `<run directory>/model`, or `None` on the other ranks.
+
+    Raises:
+        UserError: A weight is not finite: the last step was one too many.
     """
     if not trainer.is_global_zero:
         return None
+    check_weights(model)
     folder = Path(trainer.default_root_dir) / MODEL_FOLDER
     # By default PEFT asks the hub whether the base model's vocabulary has grown.
     options = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}

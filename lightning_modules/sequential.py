@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
+from dsg.finite import finite_loss
 from dsg.items import AnyBatch
 from dsg.making import GuardMaker
 from dsg.objectives.objective import Objective
@@ -131,6 +132,7 @@ class SequentialModule(lightning.LightningModule):
             reference=self.reference,
             step=self.trainer.global_step,
         ).total
+        finite_loss(loss, self.global_step)
         self.log("train/total_loss", loss, batch_size=len(batch["forget"].input_ids))
         return loss
 

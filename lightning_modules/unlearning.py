@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
 from dsg.errors import UserError
+from dsg.finite import finite_loss
 from dsg.items import AnyBatch
 from dsg.objectives.objective import Objective
 from dsg.objectives.ssd import SSD, Importances
@@ -131,6 +132,7 @@ class UnlearningModule(lightning.LightningModule):
             loss = self.objective(
                 self.model, forget, retain, reference=self.reference, step=self.trainer.global_step
             )
+        finite_loss(loss.total, self.global_step)
         parts = {f"train/{name}_loss": value for name, value in loss._asdict().items()}
         self.log_dict(parts, batch_size=len(forget.input_ids))
         return loss.total if self.automatic_optimization else None
