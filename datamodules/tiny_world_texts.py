@@ -85,6 +85,7 @@ class TinyWorldTexts:
                         shown=None
                         if shown is None or group != "forget"
                         else prompt.fact.id in shown,
+                        fact=prompt.fact.id,
                     )
                 )
         return questions

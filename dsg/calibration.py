@@ -30,11 +30,11 @@ class Proportion:
     high: float
 
 
-def wilson(successes: int, n: int) -> Proportion:
+def wilson(successes: float, n: int) -> Proportion:
     """Fraction of successes with its 95 % Wilson score interval.
 
     Args:
-        successes: In [0, n].
+        successes: In [0, n]; a fraction where several answers count as one trial.
         n: Number of trials; without trials the value is nan and the interval [0, 1].
 
     Raises:

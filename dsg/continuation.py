@@ -13,7 +13,8 @@ from dsg.errors import UserError
 from dsg.finite import FiniteLogits
 from dsg.guard import Guard
 from dsg.hooks import unwrap
-from dsg.metrics import Estimate, mean_interval, rouge_l
+from dsg.metrics import Estimate, rouge_l
+from dsg.scales import mean_over_runs
 from dsg.stack import GuardStack
 from dsg.tokens import TokenBatch, encode_texts, pad_sequences, padding_id, uncounted_token_ids
 
@@ -123,10 +124,7 @@ def mean_rouge(values: Float[Tensor, " n"]) -> Estimate:
     Raises:
         UserError: There is no value.
     """
-    estimate = mean_interval(values.tolist())
-    if estimate.low is None or estimate.high is None:
-        return estimate
-    return Estimate(estimate.value, estimate.n, max(0.0, estimate.low), min(1.0, estimate.high))
+    return mean_over_runs("rouge_l", values.tolist())
 
 
 def is_measurable(

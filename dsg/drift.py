@@ -1,11 +1,14 @@
 """How far training has moved the activations at a hook point."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsg.bootstrap import bootstrap
 from dsg.evaluation import Measurement
 from dsg.hooks import read_activations
 from dsg.items import Passage, PassageBatch
@@ -67,15 +70,24 @@ def measure_drift(
         values: Their values in the order of the passage ids.
 
     Returns:
-        `drift_cosine` and `drift_norm_ratio` per domain; both are 1 for a model that did not move.
+        `drift_cosine` and `drift_norm_ratio` per domain, with a percentile-bootstrap interval over
+        whole passages; both are 1 for a model that did not move.
     """
     members: dict[str, list[int]] = {}
     for position, passage in enumerate(sorted(passages, key=lambda passage: passage.id)):
         members.setdefault(passage.domain, []).append(position)
     found = []
     for domain, rows in sorted(members.items()):
-        cosine, ratio, tokens = (values[name][rows].sum().item() for name in DRIFT_COLUMNS)
-        if tokens:
-            for metric, total in (("drift_cosine", cosine), ("drift_norm_ratio", ratio)):
-                found.append(Measurement(domain, metric, "passages", total / tokens, len(rows)))
+        cosine, ratio, tokens = (values[name][rows].double().numpy() for name in DRIFT_COLUMNS)
+        if not tokens.sum():
+            continue
+        for metric, sums in (("drift_cosine", cosine), ("drift_norm_ratio", ratio)):
+            low, high = bootstrap(_mean_over_tokens, np.stack([sums, tokens], axis=1))
+            value = float(sums.sum() / tokens.sum())
+            found.append(Measurement(domain, metric, "passages", value, len(rows), low, high))
     return found
+
+
+def _mean_over_tokens(passages: np.ndarray) -> float:
+    total, tokens = passages.sum(axis=0)
+    return total / tokens if tokens > 0 else math.nan

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsg import metrics
+from dsg.alignment import facts_of, measured_alignment
 from dsg.calibration import wilson
 from dsg.fluency import gibberish_rate
 from dsg.items import Item, Passage, Prompt, Question
@@ -38,7 +39,7 @@ class Measurement:
         protocol: Of questions `cloze`, `lm_eval` or `dsg`, with a suffix where only some of them
             or another rule is meant; `passages`; `generation`.
         value: The number.
-        n: Items behind it.
+        n: Items behind it; questions about one fact in several wordings count once.
         low: Lower end of the interval.
         high: Upper end of the interval.
     """
@@ -92,7 +93,8 @@ def summarise(
         if ordered[rows[0]].form is None:
             found += _benchmark(domain, ordered, rows, question_values)
     if questions:
-        found += _gate(domains, question_values, questions[0].protocol)
+        counts = {domain: _num_facts(ordered, rows) for domain, rows in domains.items()}
+        found += _gate(domains, question_values, questions[0].protocol, counts)
     passage_domains = _members(passages, forget_domains)
     for domain, rows in passage_domains.items():
         losses = passage_values["nll_sum"][rows].tolist()
@@ -125,18 +127,15 @@ def _alignment(
     values: Mapping[str, Tensor],
     baseline: Mapping[str, Tensor],
 ) -> Measurement:
-    retain, forget = domains["retain"], domains["forget"]
-    value = metrics.alignment(
-        *(
-            _mean(outcome["correct"][rows])
-            for outcome in (values, baseline)
-            for rows in (retain, forget)
-        ),
-        chance=_chance(questions),
+    estimate = measured_alignment(
+        questions,
+        domains["retain"],
+        domains["forget"],
+        values["correct"],
+        baseline["correct"],
+        _chance(questions),
     )
-    return Measurement(
-        "forget", "alignment", questions[0].protocol, value, len(retain) + len(forget)
-    )
+    return Measurement("forget", "alignment", questions[0].protocol, **vars(estimate))
 
 
 def _chance(questions: Sequence[Question]) -> float:
@@ -178,7 +177,9 @@ def _accuracies(
             TIE_MARGIN,
         )
     return [
-        _proportion(domain, "accuracy", protocol, values["correct"][members])
+        _proportion(
+            domain, "accuracy", protocol, values["correct"][members], _num_facts(questions, members)
+        )
         for protocol, members in by_protocol.items()
     ]
 
@@ -191,19 +192,19 @@ def _benchmark(
     probability = metrics.bootstrap_mean(values["correct_probability"][rows].tolist())
     found = [Measurement(domain, "correct_probability", protocol, **vars(probability))]
     members = [questions[row] for row in rows]
-    right = int(values["correct"][rows].sum())
-    flag = float(metrics.below_chance(right, len(rows), _chance(members)))
-    found.append(Measurement(domain, "below_chance", protocol, flag, len(rows)))
+    n = _num_facts(questions, rows)
+    flag = metrics.below_chance(_mean(values["correct"][rows]) * n, n, _chance(members))
+    found.append(Measurement(domain, "below_chance", protocol, float(flag), n))
     if protocol == "cloze":
         return [
             *found,
-            _proportion(domain, "accuracy", "cloze_plain", values["correct_plain"][rows]),
-            _proportion(domain, "accuracy", "cloze_chars", values["correct_chars"][rows]),
+            _proportion(domain, "accuracy", "cloze_plain", values["correct_plain"][rows], n),
+            _proportion(domain, "accuracy", "cloze_chars", values["correct_chars"][rows], n),
         ]
     places = range(max(question.num_answers for question in members))
     shares = [(values["chosen"][rows] == place).double() for place in places]
     found += [
-        _proportion(domain, f"chosen_{place}", protocol, share)
+        _proportion(domain, f"chosen_{place}", protocol, share, n)
         for place, share in zip(places, shares, strict=True)
     ]
     return found
@@ -220,29 +221,38 @@ def _continuations(domain: str, rows: list[int], values: Mapping[str, Tensor]) -
 
 
 def _gate(
-    domains: Mapping[str, list[int]], values: Mapping[str, Tensor], protocol: str
+    domains: Mapping[str, list[int]],
+    values: Mapping[str, Tensor],
+    protocol: str,
+    counts: Mapping[str, int] | None = None,
 ) -> list[Measurement]:
     """Trigger rates and density AUROC; nothing if no guard was attached."""
     if not domains or bool(values["density"].isnan().any()):
         return []
+    counts = counts or {domain: len(rows) for domain, rows in domains.items()}
     found = [
-        _proportion(domain, "trigger_rate", protocol, values["triggered"][rows])
+        _proportion(domain, "trigger_rate", protocol, values["triggered"][rows], counts[domain])
         for domain, rows in domains.items()
     ]
     if {"forget", "retain"} <= domains.keys():
         high, low = (values["density"][domains[name]].tolist() for name in ("forget", "retain"))
+        sizes = counts["forget"], counts["retain"]
         found += [
-            Measurement("forget", name, protocol, **vars(measure(high, low)))
+            Measurement("forget", name, protocol, **vars(measure(high, low, sizes=sizes)))
             for name, measure in _SEPARATION.items()
         ]
     return found
 
 
-def _proportion(domain: str, metric: str, protocol: str, outcomes: Tensor) -> Measurement:
-    estimate = wilson(int(outcomes.sum()), len(outcomes))
-    return Measurement(
-        domain, metric, protocol, estimate.value, estimate.n, estimate.low, estimate.high
-    )
+def _proportion(domain: str, metric: str, protocol: str, outcomes: Tensor, n: int) -> Measurement:
+    """A share of the outcomes, with the interval of `n` independent ones."""
+    share = _mean(outcomes)
+    estimate = wilson(share * n, n)
+    return Measurement(domain, metric, protocol, share, n, estimate.low, estimate.high)
+
+
+def _num_facts(questions: Sequence[Question], rows: Sequence[int]) -> int:
+    return len(facts_of(questions, rows))
 
 
 def _mean(outcomes: Tensor) -> float:

@@ -36,6 +36,8 @@ class Question:
             probable one counts.
         pool: A second name under which it is reported together with others.
         key: The same in every run, see `item_key`; empty where runs are not compared.
+        fact: What it asks for, where the same is asked in several wordings: their answers depend on
+            each other, so that together they count once in `n` and in intervals.
     """
 
     id: int
@@ -48,6 +50,7 @@ class Question:
     protocol: Protocol = "cloze"
     pool: str | None = None
     key: str = ""
+    fact: int | None = None
 
     @property
     def num_answers(self) -> int:

@@ -18,6 +18,7 @@ from dsg.errors import UserError
 CHANCE = 0.25  # four options, one of them right
 
 _Z95 = NormalDist().inv_cdf(0.975)
+_Z90 = NormalDist().inv_cdf(0.95)
 # The base model's accuracy above chance is a denominator; the published score floors it.
 _FLOOR = 1e-9
 # Student's t, 97.5th percentile, for 1 to 10 degrees of freedom.
@@ -64,14 +65,18 @@ def alignment(
     return retain * (1.0 - forget)
 
 
-def below_chance(successes: int, n: int, chance: float = CHANCE) -> bool:
-    """Whether the Wilson interval lies wholly below chance: avoidance, not forgetting."""
-    from dsg.calibration import wilson  # here, because that module needs torch
+def below_chance(successes: float, n: int, chance: float = CHANCE) -> bool:
+    """Whether an accuracy lies below chance, by a one-sided score test at 5 %: avoidance.
 
-    return wilson(successes, n).high < chance
+    Of many accuracies that are just at chance one in twenty is flagged all the same.
+    """
+    error = math.sqrt(chance * (1 - chance) / n)
+    return (successes / n - chance) / error < -_Z90
 
 
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> Estimate:
+def auroc(
+    positive: Sequence[float], negative: Sequence[float], sizes: tuple[int, int] | None = None
+) -> Estimate:
     """Probability that a positive exceeds a negative; ties count half (exact, by ranks).
 
     The interval inverts the Hanley-McNeil variance as a score interval: it holds every area whose
@@ -81,9 +86,10 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> Estimate:
     Args:
         positive: Scores of the group that should be high; none may be NaN.
         negative: Scores of the other group.
+        sizes: Independent scores in each group, where some depend on each other; None takes all.
 
     Returns:
-        The area; `n` counts both groups.
+        The area; `n` counts the independent scores of both groups.
 
     Raises:
         UserError: A group is empty or holds a NaN.
@@ -102,13 +108,15 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> Estimate:
     half_points = int(beaten.sum()) + int(beaten_or_tied.sum())
     area = half_points / (2 * high_group.size * low_group.size)
 
+    num_high, num_low = sizes or (high_group.size, low_group.size)
+
     def excess(candidate: float) -> float:
-        error = _hanley_mcneil_error(candidate, high_group.size, low_group.size)
+        error = _hanley_mcneil_error(candidate, num_high, num_low)
         return abs(candidate - area) - _Z95 * error
 
     return Estimate(
         value=area,
-        n=high_group.size + low_group.size,
+        n=num_high + num_low,
         low=_root(excess, inside=area, outside=0.0),
         high=_root(excess, inside=area, outside=1.0),
     )

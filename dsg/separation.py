@@ -12,7 +12,11 @@ NUM_BINS = 20
 
 
 def tpr_at_fpr(
-    positive: Sequence[float], negative: Sequence[float], max_fpr: float = 0.05
+    positive: Sequence[float],
+    negative: Sequence[float],
+    max_fpr: float = 0.05,
+    *,
+    sizes: tuple[int, int] | None = None,
 ) -> Estimate:
     """Share of positives above the lowest threshold that few enough negatives exceed.
 
@@ -23,10 +27,11 @@ def tpr_at_fpr(
         positive: Scores of the group that should be high; none may be NaN.
         negative: Scores of the other group.
         max_fpr: Largest share of negatives above the threshold, in [0, 1].
+        sizes: Independent scores in each group, where some depend on each other; None takes all.
 
     Returns:
-        The share; `n` counts the positives. The Wilson interval takes the threshold as given, so it
-        leaves out the chance in the negatives.
+        The share; `n` counts the independent positives. The Wilson interval takes the threshold as
+        given, so it leaves out the chance in the negatives.
 
     Raises:
         UserError: A group is empty or holds a NaN, or `max_fpr` is out of range.
@@ -38,12 +43,17 @@ def tpr_at_fpr(
     # A share such as 0.3 of 10 must allow 3 in spite of rounding.
     allowed = int(np.floor(max_fpr * low_group.size + 1e-9))
     threshold = descending[allowed] if allowed < low_group.size else -np.inf
-    found = wilson(int((high_group > threshold).sum()), high_group.size)
+    n = high_group.size if sizes is None else sizes[0]
+    found = wilson(float((high_group > threshold).mean()) * n, n)
     return Estimate(found.value, found.n, found.low, found.high)
 
 
 def total_variation(
-    first: Sequence[float], second: Sequence[float], num_bins: int = NUM_BINS
+    first: Sequence[float],
+    second: Sequence[float],
+    num_bins: int = NUM_BINS,
+    *,
+    sizes: tuple[int, int] | None = None,
 ) -> Estimate:
     """Total variation distance of two samples' histograms, half the summed difference, in [0, 1].
 
@@ -56,9 +66,10 @@ def total_variation(
         first: Scores; none may be NaN or infinite.
         second: Scores of the other group.
         num_bins: At least 1.
+        sizes: Independent scores in each group, where some depend on each other; None takes all.
 
     Returns:
-        The distance; `n` counts both groups.
+        The distance; `n` counts the independent scores of both groups.
 
     Raises:
         UserError: A group is empty or holds a value that is not finite, or there is no bin.
@@ -72,7 +83,8 @@ def total_variation(
     bins = np.histogram_bin_edges(both, bins=num_bins)
     shares = [np.histogram(group, bins=bins)[0] / group.size for group in (one, other)]
     distance = float(np.abs(shares[0] - shares[1]).sum()) / 2
-    return Estimate(min(1.0, distance), both.size, None, None)
+    n = both.size if sizes is None else sum(sizes)
+    return Estimate(min(1.0, distance), n, None, None)
 
 
 def _checked(name: str, scores: Sequence[float]) -> np.ndarray:

@@ -15,12 +15,12 @@ class Outcome:
     """What one setting of a sweep reached on one half of the questions.
 
     Attributes:
-        forget_correct: Forget questions answered rightly.
+        forget_correct: Forget questions answered rightly; of a fact in several wordings a share.
         forget_total: Forget questions.
         utility: Accuracy on the retain questions, in [0, 1].
     """
 
-    forget_correct: int
+    forget_correct: float
     forget_total: int
     utility: float
 

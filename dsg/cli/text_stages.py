@@ -12,13 +12,14 @@ import torch
 
 from datamodules import TextFilesData
 from datamodules.loading import passage_loader
+from dsg.cli.draws import mean_over_draws
 from dsg.cli.text_model import TextFiles
 from dsg.cli.trainers import Tracking, make_trainer
 from dsg.cli.tuning import combinations
 from dsg.errors import UserError
 from dsg.guard import Guard
 from dsg.items import Passage
-from dsg.metrics import auroc, mean_interval
+from dsg.metrics import auroc
 from dsg.per_sample import score_all
 from dsg.recipes import GuardSettings
 from dsg.report.features import describe_features
@@ -181,18 +182,11 @@ def evaluate_random(cell: TextCell, part: Part, guards: Path, folder: Path) -> N
 
     Where the SAE has too few features for the control there is no row.
     """
-    by_measurement: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
     for draw in sorted(guards.glob("random_*")):
         evaluate(cell, draw.name, part, guards, folder / draw.name)
-        for found in read_results(folder / draw.name):
-            same = {k: v for k, v in found.items() if k not in ("method", "value", "low", "high")}
-            by_measurement.setdefault(tuple(same.items()), []).append(found)
-    rows = []
-    for found in by_measurement.values():
-        mean = mean_interval([one["value"] for one in found])
-        changed = {"method": "random", "value": mean.value, "low": mean.low, "high": mean.high}
-        rows.append({**found[0], **changed})
-    write_results(folder, rows)
+        rows += read_results(folder / draw.name)
+    write_results(folder, mean_over_draws(rows))
 
 
 def relearn(

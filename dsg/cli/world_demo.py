@@ -13,13 +13,13 @@ from typing import Any, Literal
 from rich.console import Console
 
 from dsg.cli.benchmark import ensure_benchmark
+from dsg.cli.draws import mean_over_draws
 from dsg.cli.interrupts import resumable
 from dsg.cli.quiet import calm_libraries
 from dsg.cli.stages import Stages
 from dsg.cli.trainers import Tracking
 from dsg.cli.tuning import NUM_RANDOM_DRAWS
 from dsg.cli.world_stages import Cell, Context, evaluate, relearn, sequence, tune_guards, tune_rmu
-from dsg.metrics import mean_interval
 from dsg.recipes import RECIPES
 from dsg.report import build_report, results_table
 from dsg.report.sidefiles import (
@@ -134,18 +134,7 @@ def _random_control(stages: Stages, context: Context, guards: Path, place: str, 
             f"{title} random features, draw {draw + 1} of {NUM_RANDOM_DRAWS}",
             functools.partial(evaluate, context, f"random_{draw}", guards, None),
         )
-    by_measurement: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in stages.rows:
-        shared = {k: v for k, v in row.items() if k not in ("method", "value", "low", "high")}
-        by_measurement.setdefault(tuple(shared.items()), []).append(row)
-    stages.rows = others
-    for rows in by_measurement.values():
-        estimate = mean_interval([row["value"] for row in rows])
-        low, high = estimate.low, estimate.high
-        if rows[0]["metric"] != "perplexity" and low is not None and high is not None:
-            low, high = max(0.0, low), min(1.0, high)  # everything else is a share
-        mean = {"value": estimate.value, "low": low, "high": high}
-        stages.rows.append({**rows[0], "method": "random", **mean})
+    stages.rows = [*others, *mean_over_draws(stages.rows)]
 
 
 def _attacked_base(stages: Stages) -> None:

@@ -70,7 +70,7 @@ def _outcomes(rows: Sequence[Row], split: str, guard: str) -> dict[str, Outcome]
             found.setdefault(one["experiment"], {})[one["domain"]] = one
     return {
         name: Outcome(
-            round(both["forget"]["value"] * both["forget"]["n"]),
+            both["forget"]["value"] * both["forget"]["n"],
             both["forget"]["n"],
             both["retain"]["value"],
         )

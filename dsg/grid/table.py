@@ -2,13 +2,13 @@
 
 import csv
 import io
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsg.metrics import mean_interval
+from dsg.metrics import below_chance
 from dsg.results import write_atomically
+from dsg.scales import mean_over_runs
 
 TABLE_FILE = "table.csv"
 SECONDS = "seconds_to_unlearn"
@@ -29,18 +29,6 @@ _PLACE = (
     "protocol",
     "metric",
 )
-_SHARE = (0.0, 1.0)
-_RANGES = {
-    "accuracy": _SHARE,
-    "trigger_rate": _SHARE,
-    "alignment": _SHARE,
-    "density_auroc": _SHARE,
-    "rouge_l": _SHARE,
-    "perplexity": (1.0, math.inf),
-    SECONDS: (0.0, math.inf),
-    "recovery_area": _SHARE,
-    "epochs_to_half": (0.0, math.inf),
-}
 
 
 def table_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -54,26 +42,25 @@ def table_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         Lines with `phase` (`unlearning`, `attack` or `sequence`), what was measured, `mean`, `low`,
-        `high` (Student's t over seeds; None for a single seed) and `n_seeds`, in the order of the
-        columns. No interval leaves the range of its metric.
+        `high` (Student's t over seeds on the metric's scale, see `dsg.scales`; None for a single
+        seed), `n_seeds`, and of accuracies `n_below_chance`, the seeds in which it lies below
+        chance.
     """
-    by_place: dict[tuple[Any, ...], dict[Any, float]] = {}
+    by_place: dict[tuple[Any, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in _last(rows):
         if row["value"] is None:
             continue
         place = {**row, "phase": _phase(row)}
         key = tuple(place[name] for name in _PLACE)
-        by_place.setdefault(key, {})[row["seed"]] = row["value"]
+        by_place.setdefault(key, {})[row["seed"]] = row
     lines = []
     for key in sorted(by_place, key=lambda key: [(part is not None, str(part)) for part in key]):
         place = dict(zip(_PLACE, key, strict=True))
-        estimate = mean_interval(list(by_place[key].values()))
-        low, high = estimate.low, estimate.high
-        least, most = _RANGES.get(place["metric"], (-math.inf, math.inf))
-        if low is not None and high is not None:
-            low, high = max(least, low), min(most, high)
-        numbers = {"mean": estimate.value, "low": low, "high": high}
-        lines.append({**place, **_rounded(numbers), "n_seeds": estimate.n})
+        found = list(by_place[key].values())
+        estimate = mean_over_runs(place["metric"], [row["value"] for row in found])
+        numbers = {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
+        counts = {"n_seeds": estimate.n, "n_below_chance": _num_below_chance(found)}
+        lines.append({**place, **_rounded(numbers), **counts})
     return lines
 
 
@@ -102,6 +89,12 @@ def _last(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if key not in last or (row["epoch"] or 0) >= (last[key]["epoch"] or 0):
             last[key] = row
     return list(last.values())
+
+
+def _num_below_chance(rows: Iterable[Mapping[str, Any]]) -> int | None:
+    counted = [row for row in rows if row["metric"] == "accuracy" and row["n"]]
+    below = [row for row in counted if below_chance(row["value"] * row["n"], row["n"])]
+    return len(below) if counted else None
 
 
 def _rounded(numbers: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsg.metrics import below_chance
 from dsg.results import read_results, write_atomically
 
 CELLS_FILE = "cells.csv"
@@ -27,7 +28,8 @@ _COLUMNS = {
 def write_cells(run_dir: str | Path) -> Path | None:
     """Write the table of all side-by-side measurements of a run.
 
-    Accuracies and rates come with the ends of their 95 % interval and with n.
+    Accuracies and rates come with the ends of their 95 % interval and with n; `below_chance` is 1
+    where forget accuracy lies below chance.
 
     Args:
         run_dir: Directory with `results.jsonl`.
@@ -58,4 +60,6 @@ def _cells(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         cell[column] = row["value"]
         if column.endswith(("_accuracy", "_rate")):
             cell |= {f"{column}_{end}": row[end] for end in ("n", "low", "high")}
+        if column == "forget_accuracy" and row["n"]:
+            cell["below_chance"] = int(below_chance(row["value"] * row["n"], row["n"]))
     return list(found.values())

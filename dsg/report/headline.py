@@ -213,9 +213,12 @@ def _below_chance(measurements: Measurements) -> Iterator[Finding]:
     static = measurements.static().excluding(guard="off")
     flagged = []
     for method in static.distinct("method"):
-        cell = _accuracy(static, method, "forget")
-        if cell and cell.below_chance:
-            flagged.append(f"{method_name(method)} {percent(cell.value)}")
+        cells = [_accuracy(group, method, "forget") for _, group in measurements.comparisons()]
+        cell = next((cell for cell in reversed(cells) if cell), None)
+        if not cell or not (cell.below_chance or cell.num_below_chance):
+            continue
+        runs = f" (in {cell.num_below_chance} of {cell.num_runs} runs)" * (cell.num_runs > 1)
+        flagged.append(f"{method_name(method)} {percent(cell.value)}{runs}")
     if flagged:
         yield Finding(
             f"Forget accuracy below chance is avoidance, not forgetting: {', '.join(flagged)}.",

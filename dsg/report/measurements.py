@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsg.metrics import CHANCE, below_chance, mean_interval
+from dsg.metrics import CHANCE, below_chance
+from dsg.scales import mean_over_runs
 
 Row = Mapping[str, Any]
 
@@ -37,9 +38,9 @@ DOMAIN_NAMES = {
     "retain": "retain (distant)",
 }
 
+_FORGET_DOMAINS = ("forget", "forget_shown", "forget_unshown")
 _SPLIT_ORDER = ("test", None)
 _PROTOCOL_ORDER = ("cloze", None)
-_BOUNDED_METRICS = ("accuracy", "trigger_rate", "alignment", "density_auroc", "rouge_l")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Cell:
         high: Upper end of the interval.
         n: Items per seed; None if unknown.
         num_seeds: Runs behind the value.
-        below_chance: An accuracy whose pooled Wilson interval lies below chance.
+        below_chance: An accuracy that lies below chance, all runs together.
+        num_below_chance: Runs (one seed, one data set) whose accuracy by itself lies below chance.
+        num_runs: Runs in which an accuracy was measured.
     """
 
     value: float
@@ -61,6 +64,8 @@ class Cell:
     n: int | None = None
     num_seeds: int = 1
     below_chance: bool = False
+    num_below_chance: int = 0
+    num_runs: int = 0
 
 
 class Measurements:
@@ -142,14 +147,17 @@ class Measurements:
         if not rows:
             return None
         counts = [row["n"] for row in rows if row["n"] is not None]
-        low, high = _interval(rows)
+        value, low, high = _estimate(rows)
+        below = [_runs_below_chance(row) for row in rows]
         return Cell(
-            value=mean_interval([row["value"] for row in rows]).value,
+            value=value,
             low=low,
             high=high,
             n=min(counts) if counts else None,
             num_seeds=len(rows),
             below_chance=_is_below_chance(rows),
+            num_below_chance=sum(found for found, _ in below),
+            num_runs=sum(runs for _, runs in below),
         )
 
     def _experiments_collide(self) -> bool:
@@ -163,7 +171,11 @@ class Measurements:
 
 
 def _mean_over_datasets(rows: Iterable[Row]) -> Measurements:
-    """One row per seed where each data set had one: the mean value of all items together."""
+    """One row per seed where each data set had one: the mean value of all items together.
+
+    Data sets that are compared differ in what is to be forgotten and share their other questions,
+    which therefore count once. `runs` tells how many of the rows lie below chance.
+    """
     averaged = ("dataset", "value", "n", "low", "high")
     alike: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -171,9 +183,11 @@ def _mean_over_datasets(rows: Iterable[Row]) -> Measurements:
     means = []
     for found in alike.values():
         counts = [row["n"] for row in found]
+        together = sum if found[0]["domain"] in _FORGET_DOMAINS else max
         mean = {
             "value": sum(row["value"] for row in found) / len(found),
-            "n": None if None in counts else sum(counts),
+            "n": None if None in counts else together(counts),
+            "runs": tuple(map(sum, zip(*map(_runs_below_chance, found), strict=True))),
         }
         means.append({**found[0], "dataset": None, "low": None, "high": None, **mean})
     return Measurements(means)
@@ -198,24 +212,29 @@ def interval_note(num_seeds: int) -> str:
     return f"Mean of {num_seeds} seeds. Brackets: 95% Student t interval over seeds."
 
 
-def _interval(rows: list[Row]) -> tuple[float | None, float | None]:
-    if len(rows) == 1:
-        return rows[0]["low"], rows[0]["high"]
+def _estimate(rows: list[Row]) -> tuple[float, float | None, float | None]:
+    """Value and interval of one run, or those over the runs."""
     values = [row["value"] for row in rows]
+    estimate = mean_over_runs(rows[0]["metric"], values)
+    if len(rows) == 1:
+        return estimate.value, rows[0]["low"], rows[0]["high"]
     if len(rows) == 2:
-        return min(values), max(values)
-    estimate = mean_interval(values)
-    low, high = estimate.low, estimate.high
-    if low is not None and high is not None and rows[0]["metric"] in _BOUNDED_METRICS:
-        return max(0.0, low), min(1.0, high)
-    return low, high
+        return estimate.value, min(values), max(values)
+    return estimate.value, estimate.low, estimate.high
 
 
 def _is_below_chance(rows: list[Row]) -> bool:
     if rows[0]["metric"] != "accuracy" or any(not row["n"] for row in rows):
         return False
     total = sum(row["n"] for row in rows)
-    return below_chance(round(sum(row["value"] * row["n"] for row in rows)), total, CHANCE)
+    return below_chance(sum(row["value"] * row["n"] for row in rows), total, CHANCE)
+
+
+def _runs_below_chance(row: Row) -> tuple[int, int]:
+    """How many accuracies a row stands for that lie below chance by themselves, and how many."""
+    if row["metric"] != "accuracy" or not row["n"]:
+        return 0, 0
+    return row.get("runs") or (int(_is_below_chance([row])), 1)
 
 
 def _latest(rows: list[Row]) -> list[Row]:

@@ -47,6 +47,7 @@ COLUMNS = (
     Column("Gate triggers (other hazards)", "trigger_rate", ("other_hazards",)),
     Column("Density AUROC", "density_auroc", ("forget", "retain", None), is_share=False),
 )
+_FORGET_ACCURACY = COLUMNS[0]
 _TERMINAL_COLUMNS = {
     "Forget accuracy": "forget",
     "Near-domain accuracy": "near",
@@ -61,7 +62,8 @@ _TERMINAL_COLUMNS = {
     "Density AUROC": "AUROC",
 }
 _ABOUT_ACCURACY = (
-    f" Chance is {CHANCE:.0%}; ▼ marks accuracy below chance, which is avoidance, not forgetting. "
+    f" Chance is {CHANCE:.0%}; ▼ marks accuracy below chance (one-sided test at 5%), which is "
+    "avoidance, not forgetting; the single seeds and data sets below chance are counted. "
     "Alignment: chance-corrected retain accuracy kept × forget accuracy lost, both relative to no "
     "unlearning."
 )
@@ -83,7 +85,8 @@ def main_tables(measurements: Measurements) -> Html:
 def results_table(run_dir: str | Path) -> Table:
     """The main table of a run for the terminal; the caller prints it with rich.
 
-    Rates are in percent, without intervals; `<` marks accuracy below chance.
+    Rates are in percent, without intervals; `<` marks accuracy below chance, and `cells<` counts
+    the seeds and data sets in which forget accuracy is.
     """
     measurements = Measurements(read_results(run_dir))
     has_questions = bool(measurements.where(metric="accuracy").rows)
@@ -101,12 +104,14 @@ def results_table(run_dir: str | Path) -> Table:
     table.add_column("method", overflow="fold")
     for index in shown:
         table.add_column(_TERMINAL_COLUMNS[COLUMNS[index].title], justify="right", no_wrap=True)
+        if COLUMNS[index] == _FORGET_ACCURACY:
+            table.add_column("cells<", justify="right", no_wrap=True)
     for title, methods in groups:
         if len(groups) > 1:
             table.add_section()
             table.add_row(f"[bold]{escape(title)}[/bold]")
         for name, cells in methods.items():
-            numbers = (_short(cells[index], COLUMNS[index]) for index in shown)
+            numbers = (text for i in shown for text in _terminal_texts(cells[i], COLUMNS[i]))
             table.add_row(method_name(name), *numbers)
     return table
 
@@ -153,11 +158,12 @@ def _tables(measurements: Measurements) -> Iterator[Html]:
             continue
         num_seeds = max(cell.num_seeds for row in cells.values() for cell in row if cell)
         only_validation = group.static().distinct("split") == ["validation"]
+        about = _ABOUT_ACCURACY * bool(group.where(metric="accuracy").rows)
         caption = (
             f"{title + '. ' if title else ''}"
             f"{'Validation facts only, on which settings may have been chosen. ' * only_validation}"
-            f"{interval_note(num_seeds)} n: questions or passages "
-            f"per seed.{_ABOUT_ACCURACY * bool(group.where(metric='accuracy').rows)}"
+            f"{interval_note(num_seeds)} n: questions or passages per seed; a fact that is asked "
+            f"in several wordings, or by several data sets, counts once.{about}"
         )
         rows = (
             [method_name(method), *(_full(row[i], COLUMNS[i]) for i in shown)]
@@ -206,9 +212,18 @@ def _full(cell: Cell | None, column: Column) -> Html:
         scale, digits = (100, 1) if column.is_share else (1, _digits(cell.value))
         ends = f"[{scale * cell.low:.{digits}f}, {scale * cell.high:.{digits}f}]"
         lines.append(markup.element("small", ends))
+    if cell.num_below_chance:
+        told = f"below chance in {cell.num_below_chance} of {cell.num_runs}"
+        lines.append(markup.element("small", told))
     if cell.n is not None:
         lines.append(markup.element("small", f"n = {cell.n}"))
     return markup.join(lines)
+
+
+def _terminal_texts(cell: Cell | None, column: Column) -> list[str]:
+    if column != _FORGET_ACCURACY:
+        return [_short(cell, column)]
+    return [_short(cell, column), f"{cell.num_below_chance}/{cell.num_runs}" if cell else "–"]
 
 
 def _short(cell: Cell | None, column: Column) -> str:

@@ -79,3 +79,17 @@ def test_a_passage_without_a_counted_token_weighs_nothing(model, collate):
     found = drift_of(model, other, [batch])
     assert ("forget", "drift_cosine") not in found
     assert ("retain", "drift_cosine") in found
+
+
+def test_the_interval_is_that_of_resampled_passages():
+    """Passages of one length: the interval of a mean, which theory gives."""
+    rng = np.random.default_rng(3)
+    cosines = torch.from_numpy(rng.uniform(0.5, 1.0, 200))
+    passages = [Passage(i, "retain", "") for i in range(200)]
+    tokens = torch.full((200,), 10.0, dtype=torch.float64)
+    values = {"cosine_sum": 10 * cosines, "norm_ratio_sum": tokens, "num_tokens": tokens}
+    cosine, ratio = measure_drift(passages, values)
+    half = 1.96 * cosines.std().item() / 200**0.5
+    assert cosine.high - cosine.low == pytest.approx(2 * half, rel=0.1)
+    assert cosine.low < cosine.value < cosine.high
+    assert (ratio.low, ratio.value, ratio.high) == (1.0, 1.0, 1.0)

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,68 @@ def test_accuracies_by_hand():
     }
     interval = wilson(1, 3)
     assert (measurements[0].low, measurements[0].high) == (interval.low, interval.high)
+
+
+TWO_FACTS_IN_TWO_WORDINGS = [
+    replace(question(0, "forget", "statement"), fact=7),
+    replace(question(1, "forget", "question"), fact=7),
+    replace(question(2, "forget", "statement"), fact=8),
+    replace(question(3, "forget", "question"), fact=8),
+    question(4, "retain", "statement"),
+    question(5, "retain", "question"),
+]
+
+
+def test_a_fact_that_is_asked_in_two_wordings_counts_once():
+    values = values_of([1, 1, 0, 0, 1, 1], density=[0.9, 0.8, 0.7, 0.2, 0.2, 0.1])
+    base = values_of([1] * 6)
+    measured = summarise(TWO_FACTS_IN_TWO_WORDINGS, values, [], {}, baseline=base)
+    found = {(m.domain, m.metric, m.protocol): m for m in measured}
+    overall = found["forget", "accuracy", "cloze"]
+    interval = wilson(1, 2)
+    assert (overall.value, overall.n) == (0.5, 2)
+    assert (overall.low, overall.high) == (interval.low, interval.high)
+    # A single wording is of distinct facts, and questions of no known fact stand for themselves.
+    assert found["forget", "accuracy", "cloze_statement"].n == 2
+    assert found["retain", "accuracy", "cloze"].n == 2
+    triggered = found["forget", "trigger_rate", "cloze"]
+    interval = wilson(1.5, 2)
+    assert (triggered.value, triggered.n, triggered.low) == (0.75, 2, interval.low)
+    assert found["forget", "density_auroc", "cloze"].n == 4
+    assert found["forget", "density_tpr_at_5_fpr", "cloze"].n == 2
+    assert found["forget", "alignment", "cloze"].n == 4
+
+
+def test_density_intervals_are_those_of_the_facts():
+    """As wide as the interval of half as many questions with the same area."""
+    densities = [0.9, 0.3, 0.8, 0.2, 0.1, 0.4]
+    once = [replace(question(i, "forget" if i < 3 else "retain"), fact=i) for i in range(6)]
+    twice = [replace(q, id=2 * q.id + copy) for q in once for copy in range(2)]
+    intervals = []
+    for questions in (once, twice):
+        repeated = [density for density in densities for _ in range(len(questions) // 6)]
+        measured = summarise(questions, values_of([0] * len(questions), repeated), [], {})
+        [auroc] = [m for m in measured if m.metric == "density_auroc"]
+        intervals.append((auroc.value, auroc.n, auroc.low, auroc.high))
+    assert intervals[0] == intervals[1]
+
+
+def test_alignment_has_an_interval_over_facts():
+    rng = np.random.default_rng(1)
+    questions = [
+        replace(question(2 * fact + form, "forget" if fact < 30 else "retain"), fact=fact)
+        for fact in range(60)
+        for form in range(2)
+    ]
+    guarded = np.repeat(np.where(np.arange(60) < 30, rng.random(60) < 0.5, True), 2)
+    values, base = values_of(guarded.tolist()), values_of([1] * 120)
+    [found] = [m for m in summarise(questions, values, [], {}, base) if m.metric == "alignment"]
+    # Retain is kept whole: alignment is 1 - (p - 1/4) / (3/4), whose spread is that of p over
+    # thirty facts, times 4/3. The normal approximation of the bootstrap is good to a few per cent.
+    share = guarded[:60].mean()
+    half = 1.96 * (share * (1 - share) / 30) ** 0.5 * 4 / 3
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.15)
+    assert found.low < found.value < found.high
 
 
 def test_gate_by_hand():

@@ -17,12 +17,12 @@ def measured(value, seed, **fields):
 
 
 def test_mean_and_interval_over_three_seeds():
-    values = [1.0, 2.0, 6.0]
+    values = [4.0, 5.0, 6.0]
     [line] = table_rows(measured(value, seed, metric="nll") for seed, value in enumerate(values))
     half = T975_2 * statistics.stdev(values) / 3**0.5
-    assert (line["mean"], line["n_seeds"]) == (3.0, 3)
-    assert line["low"] == pytest.approx(3 - half, abs=1e-3)
-    assert line["high"] == pytest.approx(3 + half, abs=1e-3)
+    assert (line["mean"], line["n_seeds"]) == (5.0, 3)
+    assert line["low"] == pytest.approx(5 - half, abs=1e-3)
+    assert line["high"] == pytest.approx(5 + half, abs=1e-3)
     assert line["phase"] == "unlearning"
 
 
@@ -32,11 +32,19 @@ def test_intervals_of_shares_end_at_0_and_1():
     assert (line["mean"], line["low"], line["high"]) == (0.5, 0.0, 1.0)
 
 
-def test_an_interval_of_perplexity_ends_at_1():
-    rows = [measured(value, seed, metric="perplexity") for seed, value in enumerate([1.5, 6.5])]
+def test_an_interval_of_perplexity_is_that_of_the_loss_and_ends_at_1():
+    rows = [measured(value, seed, metric="perplexity") for seed, value in enumerate([2.0, 8.0])]
     [line] = table_rows(rows)
-    assert (line["mean"], line["low"]) == (4.0, 1.0)
-    assert line["high"] == pytest.approx(4 + 12.7062 * 2.5, abs=1e-2)
+    assert (line["mean"], line["low"]) == (pytest.approx(4.0), 1.0)
+    # The losses are log 4 - log 2 and log 4 + log 2.
+    assert line["high"] == pytest.approx(4 * 2**12.7062, rel=1e-3)
+
+
+def test_seeds_below_chance_are_counted_one_by_one():
+    accuracies = [measured(v, s, metric="accuracy", n=36) for s, v in enumerate([0.1, 0.24, 0.9])]
+    [line, other] = table_rows([*accuracies, measured(2.0, 0)])
+    assert (line["n_seeds"], line["n_below_chance"]) == (3, 1)
+    assert other["n_below_chance"] is None
 
 
 def test_one_seed_has_no_interval_and_nothing_measured_is_no_seed():

@@ -152,7 +152,21 @@ def test_student_quantile_leaves_two_and_a_half_percent_above(degrees):
     assert inside == pytest.approx(0.475, abs=5e-5)
 
 
-def test_below_chance_needs_the_whole_interval_below():
+@pytest.mark.parametrize("n", [36, 72, 216])
+def test_below_chance_is_a_one_sided_test_at_5_percent(n):
+    """Against the exact binomial tail, which the score test follows to within one success."""
+
+    def tail(successes):
+        return sum(math.comb(n, k) * 0.25**k * 0.75 ** (n - k) for k in range(successes + 1))
+
+    exact = max(k for k in range(n) if tail(k) < 0.05)
+    flagged = max(k for k in range(n) if below_chance(k, n))
+    assert abs(flagged - exact) <= 1
+    # Half a success is a fact that is known in one of two wordings.
+    assert below_chance(flagged - 0.5, n)
+
+
+def test_below_chance_needs_more_than_a_point_below():
     # Wilson: 10 of 100 ends at 0.174, 20 of 100 at 0.289.
     assert below_chance(10, 100)
     assert not below_chance(20, 100)

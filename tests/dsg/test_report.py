@@ -348,6 +348,41 @@ def test_histograms_count_as_the_gate_does(threshold, values):
     assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(100)
 
 
+def test_questions_that_data_sets_share_count_once_and_each_below_chance_is_seen():
+    """Three requests ask the same 144 retain facts; what each is to forget is its own."""
+    shared = {"metric": "accuracy", "protocol": "cloze", "split": "test", "method": "dsg"}
+    sizes = {"forget": 36, "near": 36, "retain": 144}
+    rows = [
+        row(**shared, dataset=f"world/{name}", seed=seed, domain=domain, n=n, value=value)
+        for name, value in (("a", 0.05), ("b", 0.3), ("c", 0.3))
+        for seed in range(5)
+        for domain, n in sizes.items()
+    ]
+    group = Measurements(rows).comparisons()[-1][1]
+    cells = {domain: group.cell(domain=domain) for domain in sizes}
+    assert {domain: cell.n for domain, cell in cells.items()} == {
+        "forget": 108,
+        "near": 36,
+        "retain": 144,
+    }
+    forget = cells["forget"]
+    assert (forget.num_below_chance, forget.num_runs) == (5, 15)
+    [each] = [f for f in findings(Measurements(rows)) if "below chance" in f.text]
+    assert each.side == "caution"
+    assert "DSG 21.7% (in 5 of 15 runs)" in each.text
+
+
+def test_the_table_says_in_how_many_cells_accuracy_is_below_chance(tmp_path):
+    values = enumerate((0.05, 0.3, 0.3))
+    rows = [accuracy("dsg", "forget", value, n=36, seed=seed) for seed, value in values]
+    write_results(tmp_path, rows)
+    assert "below chance in 1 of 3" in build_report(tmp_path).read_text(encoding="utf-8")
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(results_table(tmp_path))
+    assert "1/3" in captured.get()
+
+
 def test_several_datasets_get_a_mean_row_of_their_own():
     shared = {"model": "m", "domain": "forget", "metric": "accuracy", "protocol": "cloze"}
     values = {("a", 0): 0.2, ("b", 0): 0.4, ("a", 1): 0.1, ("b", 1): 0.1}
@@ -361,5 +396,6 @@ def test_several_datasets_get_a_mean_row_of_their_own():
     cell = comparisons[-1][1].cell(method="dsg", metric="accuracy", domain="forget")
     assert cell is not None
     assert (cell.num_seeds, cell.n) == (2, 20)
+    assert (cell.num_below_chance, cell.num_runs) == (0, 4)
     assert cell.value == pytest.approx(0.2)  # seed 0: 0.3, seed 1: 0.1
     assert (cell.low, cell.high) == pytest.approx((0.1, 0.3))

@@ -44,6 +44,7 @@ def test_one_line_per_seed_dataset_and_method(tmp_path):
     cell = lines["0", "dsg"]
     assert (cell["forget_accuracy"], cell["forget_accuracy_n"]) == ("0.25", "72")
     assert (cell["forget_accuracy_low"], cell["forget_accuracy_high"]) == ("0.17", "0.36")
+    assert cell["below_chance"] == lines["1", "dsg"]["below_chance"] == "0"
     assert (cell["density_auroc"], cell["retain_accuracy"]) == ("0.99", "")
 
 
