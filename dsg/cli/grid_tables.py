@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dsg.grid.recovery import AREA, HALF
+from dsg.grid.recovery import AREA, COLLATERAL, HALF, SHOWN, UNSHOWN
 from dsg.report.measurements import method_name
 
 Line = Mapping[str, Any]
@@ -20,11 +20,12 @@ _SWEEP = {
     "ppl": ("retain", "perplexity"),
 }
 _ATTACK = {
-    "shown": ("forget_shown", "accuracy"),
-    "unshown": ("forget_unshown", "accuracy"),
+    "shown": (SHOWN, "accuracy"),
+    "unshown": (UNSHOWN, "accuracy"),
     "retain": ("retain", "accuracy"),
-    "area": ("forget", AREA),
-    "half": ("forget", HALF),
+    "area": (SHOWN, AREA),
+    "half": (SHOWN, HALF),
+    "damage": (UNSHOWN, COLLATERAL),
 }
 
 
@@ -41,8 +42,9 @@ def sweep_table(lines: Sequence[Line]) -> Table:
 def attack_table(lines: Sequence[Line]) -> Table:
     """Attacked methods by what is recovered at the end, with the guard where there is one."""
     title = (
-        "After the attacker's best learning rate; accuracies in %, area under the recovery "
-        "(0 to 1), epochs to half of it"
+        "After the attacker's best learning rate; accuracies in %; of shown facts the area under "
+        "the recovery (0 to 1) and the epochs to half of it; damage: points on facts not shown "
+        "that the weights have lost beside the model without unlearning"
     )
     served = [line for line in lines if line["phase"] == "attack" and line["guard"] != "off"]
     return _table(title, "attack", served, ("attack", "method", "mode"), _ATTACK)
@@ -76,4 +78,4 @@ def _table(
 def _number(value: float | None, metric: str) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:.1f}" if metric == "accuracy" else f"{value:.2f}"
+    return f"{100 * value:.1f}" if metric in ("accuracy", COLLATERAL) else f"{value:.2f}"

@@ -1,4 +1,8 @@
-"""What the attacks of a grid bring back: the best learning rate of each attacker, and how fast."""
+"""What the attacks of a grid bring back and what they destroy, at each attacker's best rate.
+
+What an attacker aims at are the facts that its text states, where a data set tells them from the
+others: the others may fall with the attack itself, which would hide what came back.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +15,8 @@ from dsg.recovery import accuracy_curve, area_under_recovery, best_over_lr, epoc
 from dsg.results import row
 
 DOMAINS = ("forget", "forget_shown", "forget_unshown")
-AREA, HALF = "recovery_area", "epochs_to_half"
+SHOWN, UNSHOWN = "forget_shown", "forget_unshown"
+AREA, HALF, COLLATERAL = "recovery_area", "epochs_to_half", "collateral_damage"
 
 Rows = list[dict[str, Any]]
 
@@ -21,7 +26,8 @@ class Recovery:
     """The attacks of a grid, summed up.
 
     Attributes:
-        rows: Result rows of the attackers' best runs, and how much and how fast they recover.
+        rows: Result rows of the attackers' best runs; how much and how fast they recover; and the
+            collateral damage, see `collateral_damage`.
         attempts: One line per attack and learning rate.
     """
 
@@ -32,9 +38,9 @@ class Recovery:
 def sum_up(attacks: Sequence[Attacked], run_dir: Path, base: str) -> Recovery:
     """Sum up the finished attacks.
 
-    The attacker's best learning rate is the one with the highest forget accuracy in the end, as the
-    model is served: with its guard, if it has one. An attacker with a failed cell is left out: one
-    with fewer tries would look weaker.
+    The attacker's best learning rate is the one with the highest accuracy on what it aims at in the
+    end, as the model is served: with its guard, if it has one. An attacker with a failed cell is
+    left out: one with fewer tries would look weaker.
 
     Args:
         attacks: All attacks of the grid.
@@ -47,7 +53,7 @@ def sum_up(attacks: Sequence[Attacked], run_dir: Path, base: str) -> Recovery:
         attacker = (one.place, one.attack, one.method, one.mode)
         by_attacker.setdefault(attacker, []).append(one)
     known = {
-        (one.place, one.attack): one.cell.rows(run_dir)
+        (one.place, one.attack, one.lr): one.cell.rows(run_dir)
         for one in attacks
         if one.method == base and one.cell.is_finished(run_dir)
     }
@@ -63,43 +69,83 @@ def sum_up(attacks: Sequence[Attacked], run_dir: Path, base: str) -> Recovery:
         best = best_over_lr(curves)
         rows += found[best.lr]
         for one in tries:
-            measured = _measured(found[one.lr], known.get((place, attack), []))
-            attempts.append(_attempt(one, measured, curves[one.lr][-1], one.lr == best.lr))
+            base_rows = known.get((place, attack, one.lr), [])
+            measured = _measured(found[one.lr], base_rows)
+            attempts.append(_attempt(one, found[one.lr], measured, one.lr == best.lr))
             if one.lr == best.lr:
-                rows += measured
+                damage = collateral_damage(found[one.lr], base_rows, is_base=method == base)
+                rows += measured + damage
     return Recovery(rows, attempts)
+
+
+def collateral_damage(rows: Rows, base_rows: Rows, *, is_base: bool) -> Rows:
+    """The accuracy on facts not shown that an attack costs the weights, without any guard.
+
+    Of the model that has forgotten nothing it is what the attack takes from it. Of every other one
+    it is what that model under the same attack knows more: knowledge that is gone from the weights,
+    for which no guard can be credited. Weights that were changed to forget may also lack what is
+    still forgotten.
+
+    Args:
+        rows: Rows of one attack.
+        base_rows: Those of the model that has forgotten nothing, with the same learning rate.
+        is_base: Whether `rows` are of that very model.
+
+    Returns:
+        One row per method and state of the guard; none where no facts are told apart.
+    """
+    place = {"domain": UNSHOWN}
+    states = {found["guard"] for found in rows}
+    try:
+        weights = accuracy_curve(rows, guard="off" if "off" in states else "none", **place)
+        intact = weights[0] if is_base else accuracy_curve(base_rows, guard="none", **place)[-1]
+    except UserError:
+        return []
+    value = {"metric": COLLATERAL, "value": intact - weights[-1]}
+    return [_row(rows, **found, **place, **value) for found in _methods_and_states(rows)]
 
 
 def _measured(rows: Rows, base_rows: Rows) -> Rows:
     """Area under the recovery and epochs to half of it, per domain and state of the guard."""
     measured = []
-    for method, state in sorted({(found["method"], found["guard"]) for found in rows}):
+    for found in _methods_and_states(rows):
         for domain in DOMAINS:
-            place = {"method": method, "guard": state, "domain": domain}
             try:
-                curve = accuracy_curve(rows, **place)
+                curve = accuracy_curve(rows, **found, domain=domain)
                 known = accuracy_curve(base_rows, guard="none", domain=domain)[0]
             except UserError:  # not every data set tells shown facts from others
                 continue
             for metric, measure in ((AREA, area_under_recovery), (HALF, epochs_to_half)):
-                numbers = {"value": measure(curve, known), "n": None, "low": None, "high": None}
-                one = {"epoch": None, "metric": metric, "protocol": "cloze", **place, **numbers}
-                measured.append(row(**{**rows[0], **one}))
+                value = {"metric": metric, "value": measure(curve, known)}
+                measured.append(_row(rows, **found, domain=domain, **value))
     return measured
 
 
+def _methods_and_states(rows: Rows) -> list[dict[str, str]]:
+    pairs = sorted({(found["method"], found["guard"]) for found in rows})
+    return [{"method": method, "guard": state} for method, state in pairs]
+
+
+def _row(rows: Rows, **fields: Any) -> dict[str, Any]:
+    """A row about the whole of an attack."""
+    whole = dict.fromkeys(("epoch", "n", "low", "high"))
+    return row(**{**rows[0], **whole, "protocol": "cloze", **fields})
+
+
 def _served(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """The columns of the forget accuracy that users of the served model see."""
+    """The columns of the accuracy that the attacker aims at, as users of the model see it."""
     guarded = any(found["guard"] == "on" for found in rows)
-    return {"guard": "on" if guarded else "none", "domain": "forget"}
+    told_apart = any(found["domain"] == SHOWN for found in rows)
+    return {"guard": "on" if guarded else "none", "domain": SHOWN if told_apart else "forget"}
 
 
-def _attempt(one: Attacked, measured: Rows, accuracy: float, is_best: bool) -> dict[str, Any]:
+def _attempt(one: Attacked, rows: Rows, measured: Rows, is_best: bool) -> dict[str, Any]:
     place: Place = one.place
-    served = {
+    served = {"method": one.method, **_served(rows)}
+    recovered = {
         found["metric"]: found["value"]
         for found in measured
-        if (found["method"], found["domain"]) == (one.method, "forget") and found["guard"] != "off"
+        if all(found[name] == value for name, value in served.items())
     }
     return {
         "seed": place.seed,
@@ -108,8 +154,9 @@ def _attempt(one: Attacked, measured: Rows, accuracy: float, is_best: bool) -> d
         "mode": one.mode,
         "attack": one.attack,
         "lr": one.lr,
-        "forget_accuracy": accuracy,
-        AREA: served.get(AREA),
-        HALF: served.get(HALF),
+        "facts": served["domain"],
+        "accuracy": accuracy_curve(rows, **served)[-1],
+        AREA: recovered.get(AREA),
+        HALF: recovered.get(HALF),
         "best": is_best,
     }

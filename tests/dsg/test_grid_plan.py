@@ -253,6 +253,7 @@ def test_the_attackers_best_rate_is_reported_beside_all_of_them(plan, tmp_path):
         write_results(one.cell.folder(tmp_path), rows)
     found = sum_up(attacks, tmp_path, "base")
     npo = [line for line in found.attempts if line["method"] == "npo"]
+    assert {line["facts"] for line in npo} == {"forget"}
     assert [(line["seed"], line["lr"], line["best"]) for line in npo] == [
         (0, 0.01, False),
         (0, 0.02, True),
@@ -271,6 +272,63 @@ def test_the_attackers_best_rate_is_reported_beside_all_of_them(plan, tmp_path):
     assert dsg["test_time", "on", "recovery_area"] == 0.0
     assert dsg["test_time", "on", "epochs_to_half"] is None
     assert dsg["test_time", "off", "recovery_area"] is None  # nothing was lost
+
+
+def shown_curves(shown, unshown, guard="none", **fields):
+    both = [(a + b) / 2 for a, b in zip(shown, unshown, strict=True)]
+    return [
+        found
+        for domain, values in (
+            ("forget", both),
+            ("forget_shown", shown),
+            ("forget_unshown", unshown),
+        )
+        for found in curve(values, guard, domain=domain, **fields)
+    ]
+
+
+def test_recovery_is_of_shown_facts_and_damage_to_others_is_told_apart(plan, tmp_path):
+    """By hand: the low rate brings shown facts back, the high one only spares the others."""
+    finish(tmp_path, plan.tuning(), ALIGNMENTS)
+    finish(tmp_path, plan.unlearning(tmp_path))
+    attacks = plan.attacks(tmp_path)
+    damage = {0.01: [1.0, 0.8, 0.7], 0.02: [1.0, 1.0, 1.0]}
+    for one in attacks:
+        fields = {"method": one.method, "mode": one.mode, "attack": one.attack}
+        if one.method == "base":
+            rows = shown_curves([1.0, 1.0, 1.0], damage[one.lr], **fields)
+        elif one.method == "npo":
+            shown = {0.01: [0.2, 0.6, 1.0], 0.02: [0.2, 0.3, 0.4]}[one.lr]
+            rows = shown_curves(shown, {0.01: [0.2, 0.2, 0.2], 0.02: [0.2, 0.9, 1.0]}[one.lr])
+            rows = [{**found, **fields} for found in rows]
+        else:
+            weights = [1.0, 0.9, 0.6]
+            rows = shown_curves([1.0, 1.0, 1.0], weights, "off", **fields)
+            rows += shown_curves([0.2, 0.2, 0.2], [0.2, 0.1, 0.1], "on", **fields)
+        finish(tmp_path, [one.cell])
+        write_results(one.cell.folder(tmp_path), rows)
+    found = sum_up(attacks, tmp_path, "base")
+    [best] = [
+        each
+        for each in found.attempts
+        if (each["method"], each["seed"], each["best"]) == ("npo", 0, True)
+    ]
+    assert (best["lr"], best["facts"], best["accuracy"]) == (0.01, "forget_shown", 1.0)
+    assert best["recovery_area"] == pytest.approx(0.5)
+    assert best["epochs_to_half"] == pytest.approx(1.0)
+    measured = {
+        (each["method"], each["guard"], each["domain"], each["metric"]): each["value"]
+        for each in found.rows
+        if each["seed"] in (0, None) and each["mode"] in (None, "test_time")
+    }
+    unshown = ("forget_unshown", "collateral_damage")
+    # Beside the model without guard, attacked with the same rate: 0.7 of the facts not shown.
+    assert measured["npo", "none", *unshown] == pytest.approx(0.7 - 0.2)
+    assert measured["dsg", "on", *unshown] == pytest.approx(0.7 - 0.6)  # of the weights below
+    assert measured["dsg", "off", *unshown] == pytest.approx(0.7 - 0.6)
+    # The attack's own damage, beside the same model before it.
+    assert measured["base", "none", *unshown] == pytest.approx(1.0 - 0.7)
+    assert measured["npo", "none", "forget_shown", "recovery_area"] == pytest.approx(0.5)
 
 
 def test_the_first_of_the_best_tries_is_chosen():
