@@ -5,11 +5,11 @@ it speaks for the guard or against it, and rivals are compared on retain *and* f
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from dsg.metrics import CHANCE
+from dsg.report.known import is_above_chance, unguarded_accuracy
 from dsg.report.measurements import Cell, Measurements, method_name
+from dsg.report.sentences import Finding, overlap_note, side, with_interval
 from dsg.report.tables import percent
 
 ATTACKS = {"relearn_full": "full fine-tuning", "relearn_lora": "LoRA fine-tuning"}
@@ -21,26 +21,38 @@ _FACTS = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A sentence, and what it is: for the guard, against it, or a caution about reading."""
-
-    text: str
-    side: Literal["for", "against", "caution"]
-
-
 def findings(measurements: Measurements) -> list[Finding]:
-    """All sentences that the measurements support, most important first."""
-    main = _main_group(measurements)
-    relearning = (finding for attack in ATTACKS for finding in _relearning(measurements, attack))
+    """All sentences that the measurements support, most important first.
+
+    Where the model without any guard is at chance there was nothing to forget, or to keep.
+    """
+    cautions, known = [], measurements
+    for domain, done in (("forget", "forgotten"), ("retain", "kept")):
+        cell = unguarded_accuracy(measurements, domain)
+        if cell is None or is_above_chance(cell):
+            continue
+        cautions.append(
+            Finding(
+                f"With no guard the model is at chance on {domain} questions: "
+                f"{with_interval(cell)}. There is nothing that could be {done}, and nothing is "
+                "claimed.",
+                "caution",
+            )
+        )
+        for name in measurements.distinct("domain"):
+            if name == domain or name.startswith(f"{domain}_"):
+                known = known.excluding(domain=name)
+    main = _main_group(known)
+    relearning = (finding for attack in ATTACKS for finding in _relearning(known, attack))
     return [
+        *cautions,
         *_effect(main),
         *_rivals(main),
         *_random_control(main),
         *_neighbours(main),
         *relearning,
-        *_sequential(measurements),
-        *_below_chance(measurements),
+        *_sequential(known),
+        *_below_chance(known),
     ]
 
 
@@ -64,18 +76,18 @@ def _effect(main: Measurements) -> Iterator[Finding]:
         over = guarded.low is not None and guarded.low > CHANCE
         rest = "; that is still above chance" if over else ""
         yield Finding(
-            f"With the guard the model gets {_with_interval(guarded)} of the forget questions "
+            f"With the guard the model gets {with_interval(guarded)} of the forget questions "
             f"right, without it {percent(base.value)} (chance is {CHANCE:.0%}){rest}.",
-            _side(over),
+            side(over),
         )
     base, guarded = _accuracy(main, "base", "retain"), _accuracy(main, "dsg", "retain")
     if base and guarded:
         lost = base.value - guarded.value
         verb = "costs" if lost > 0 else "does not cost"
         yield Finding(
-            f"The guard {verb} retain accuracy: {_with_interval(guarded)} with it, "
-            f"{percent(base.value)} without{_overlap(base, guarded)}.",
-            _side(lost > 0),
+            f"The guard {verb} retain accuracy: {with_interval(guarded)} with it, "
+            f"{percent(base.value)} without{overlap_note(base, guarded)}.",
+            side(lost > 0),
         )
 
 
@@ -96,15 +108,15 @@ def _rivals(main: Measurements) -> Iterator[Finding]:
             first, second = (ours, theirs) if gap > 0 else (theirs, ours)
             yield Finding(
                 f"{winner} {kept} than {loser}: {percent(first.value)} against "
-                f"{percent(second.value)}{_overlap(ours, theirs)}.",
-                _side(gap < 0),
+                f"{percent(second.value)}{overlap_note(ours, theirs)}.",
+                side(gap < 0),
             )
 
 
 def _random_control(main: Measurements) -> Iterator[Finding]:
     ours, control = _accuracy(main, "dsg", "forget"), _accuracy(main, "random", "forget")
     if ours and control:
-        as_good = control.value <= ours.value or bool(_overlap(ours, control))
+        as_good = control.value <= ours.value or bool(overlap_note(ours, control))
         verdict = (
             "so choosing the features makes no clear difference"
             if as_good
@@ -113,7 +125,7 @@ def _random_control(main: Measurements) -> Iterator[Finding]:
         yield Finding(
             f"Control: random features that fire as often on forget text leave forget accuracy at "
             f"{percent(control.value)}, {verdict}.",
-            _side(as_good),
+            side(as_good),
         )
 
 
@@ -122,15 +134,15 @@ def _neighbours(main: Measurements) -> Iterator[Finding]:
     for domain, place in places.items():
         base, guarded = _accuracy(main, "base", domain), _accuracy(main, "dsg", domain)
         rate = main.where(method="dsg", guard="on").cell(metric="trigger_rate", domain=domain)
-        if not (base and guarded):
+        if not (base and guarded and is_above_chance(base)):
             continue
         gate = f"the gate triggers on {percent(rate.value)} of them; " if rate else ""
         lost = base.value > guarded.value
         yield Finding(
             f"Questions from {place}, which are not to be forgotten: {gate}"
             f"accuracy {'falls' if lost else 'goes'} from {percent(base.value)} to "
-            f"{_with_interval(guarded)}{_overlap(base, guarded)}.",
-            _side(lost),
+            f"{with_interval(guarded)}{overlap_note(base, guarded)}.",
+            side(lost),
         )
 
 
@@ -159,18 +171,18 @@ def _relearning(measurements: Measurements, attack: str) -> Iterator[Finding]:
         ]
         if verdicts:
             said = " and ".join(
-                f"{verb} {facts}: {_with_interval(cell)}" for facts, cell, verb, _ in verdicts
+                f"{verb} {facts}: {with_interval(cell)}" for facts, cell, verb, _ in verdicts
             )
             beside = _beside({"no guard": unguarded, "RMU": rival})
             broken = any(broken for *_, broken in verdicts)
             # RMU needs no guard at all: where it withstands the attack better, that is a loss.
             beaten = any(
                 held[domain].value > rival[domain].value
-                and not _overlap(held[domain], rival[domain])
+                and not overlap_note(held[domain], rival[domain])
                 for domain in _FACTS
                 if domain in held and domain in rival
             )
-            yield Finding(f"{after}, {name} {said}{beside}.", _side(broken or beaten))
+            yield Finding(f"{after}, {name} {said}{beside}.", side(broken or beaten))
         if "retain" in held:
             kept.append((held["retain"], f"{percent(held['retain'].value)} with {name}"))
     plain = unguarded.get("retain")
@@ -187,7 +199,7 @@ def _relearning(measurements: Measurements, attack: str) -> Iterator[Finding]:
     if exposed:
         yield Finding(
             f"{after} with the guard on, and the guard then removed: {', '.join(exposed)}.",
-            _side(any(_above_chance(bare[key]) for key in _FACTS if key in bare)),
+            side(any(is_above_chance(bare[key]) for key in _FACTS if key in bare)),
         )
 
 
@@ -204,8 +216,8 @@ def _sequential(measurements: Measurements) -> Iterator[Finding]:
         num_requests = len(set(requests) - {0})  # request 0 is the state before the first
         yield Finding(
             f"After {num_requests} forget requests in a row, {more} keeps more retain accuracy "
-            f"than {less}: {percent(high)} against {percent(low)}{_overlap(ours, theirs)}.",
-            _side(more == "RMU"),
+            f"than {less}: {percent(high)} against {percent(low)}{overlap_note(ours, theirs)}.",
+            side(more == "RMU"),
         )
 
 
@@ -238,30 +250,8 @@ def _beside(others: dict[str, dict[str, Cell]]) -> str:
 
 def _verdict(held: Cell, unguarded: Cell | None) -> tuple[str, bool]:
     """How well a guard withstood an attack, in words, and whether that counts against it."""
-    if not _above_chance(held):
+    if not is_above_chance(held):
         return "holds back", False
-    if unguarded and not _overlap(held, unguarded) and held.value < unguarded.value:
+    if unguarded and not overlap_note(held, unguarded) and held.value < unguarded.value:
         return "only partly holds back", held.value > (CHANCE + unguarded.value) / 2
     return "does not stop", True
-
-
-def _side(against: bool) -> Literal["for", "against"]:
-    return "against" if against else "for"
-
-
-def _above_chance(cell: Cell) -> bool:
-    return (cell.value if cell.low is None else cell.low) > CHANCE
-
-
-def _with_interval(cell: Cell) -> str:
-    if cell.low is None or cell.high is None:
-        return percent(cell.value)
-    return f"{percent(cell.value)} [{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
-
-
-def _overlap(first: Cell, second: Cell) -> str:
-    ends = (first.low, first.high, second.low, second.high)
-    if any(end is None for end in ends):
-        return ""
-    low, high = max(first.low, second.low), min(first.high, second.high)  # pyright: ignore
-    return " (the intervals overlap)" if low <= high else ""

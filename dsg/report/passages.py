@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from dsg.report.headline import ATTACKS, Finding
+from dsg.report.headline import ATTACKS
 from dsg.report.measurements import Cell, Measurements, method_name
+from dsg.report.sentences import Finding
 from dsg.report.tables import percent
 
 

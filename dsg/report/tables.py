@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dsg.metrics import CHANCE, alignment
 from dsg.report import markup
+from dsg.report.known import is_above_chance
 from dsg.report.markup import Html
 from dsg.report.measurements import (
     Cell,
@@ -65,7 +66,7 @@ _ABOUT_ACCURACY = (
     f" Chance is {CHANCE:.0%}; ▼ marks accuracy below chance (one-sided test at 5%), which is "
     "avoidance, not forgetting; the single seeds and data sets below chance are counted. "
     "Alignment: chance-corrected retain accuracy kept × forget accuracy lost, both relative to no "
-    "unlearning."
+    "unlearning; none where that is at chance."
 )
 # Where there are questions they say more, and a terminal is narrow.
 _WITHOUT_QUESTIONS = ("Forget perplexity", "Forget ROUGE-L", "Retain ROUGE-L")
@@ -133,13 +134,21 @@ def _method_cells(static: Measurements, method: str) -> list[Cell | None]:
         candidates = (rows.cell(metric=column.metric, domain=domain) for domain in column.domains)
         cells.append(next((cell for cell in candidates if cell), None))
     index = next(i for i, column in enumerate(COLUMNS) if column.metric == "alignment")
-    cells[index] = cells[index] or _alignment(static, rows)
+    cells[index] = _alignment(static, rows, cells[index])
     return cells
 
 
-def _alignment(static: Measurements, rows: Measurements) -> Cell | None:
-    """Alignment from the table's own accuracies, where the run did not measure it itself."""
+def _alignment(static: Measurements, rows: Measurements, measured: Cell | None) -> Cell | None:
+    """Alignment as measured, or else from the table's own accuracies.
+
+    Beside a model at chance there is none: whatever did nothing would score.
+    """
     base = static.where(method="base")
+    known = (base.cell(metric="accuracy", domain=domain) for domain in ("retain", "forget"))
+    if any(cell is not None and not is_above_chance(cell) for cell in known):
+        return None
+    if measured is not None:
+        return measured
     accuracies = [
         source.cell(metric="accuracy", domain=domain)
         for source in (rows, base)

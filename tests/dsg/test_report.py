@@ -257,6 +257,48 @@ def test_random_features_that_do_as_well_count_against_the_guard():
     assert "no clear difference" in " ".join(sentences(BASE + ours + control, "against"))
 
 
+IGNORANT = [accuracy("base", "forget", 0.26), accuracy("base", "retain", 0.99)]
+OURS = [accuracy("dsg", "forget", 0.22), accuracy("dsg", "retain", 0.95)]
+
+
+def test_a_model_that_never_knew_anything_is_no_success_of_the_guard():
+    theirs = [accuracy("rmu", "forget", 0.4), accuracy("random", "forget", 0.5)]
+    attacked = {"attack": "relearn_full", "epoch": 5}
+    after = [accuracy("dsg", "forget_shown", 0.2, mode="test_time", **attacked)]
+    found = findings(Measurements(IGNORANT + OURS + theirs + after))
+    assert [each.text for each in found if each.side == "for"] == []
+    assert found[0].side == "caution"
+    assert "no guard the model is at chance on forget questions: 26.0%" in found[0].text
+    assert "nothing that could be forgotten" in found[0].text
+    # What the guard costs elsewhere is told all the same.
+    assert any("costs retain accuracy" in each.text for each in found)
+
+
+def test_a_model_without_utility_has_none_to_keep():
+    base = [accuracy("base", "forget", 0.99), accuracy("base", "retain", 0.24)]
+    theirs = [accuracy("rmu", "forget", 0.4), accuracy("rmu", "retain", 0.23)]
+    found = findings(Measurements(base + OURS + theirs))
+    assert not any("retain accuracy" in each.text for each in found)
+    assert any("at chance on retain questions" in each.text for each in found)
+    assert any("of the forget questions" in each.text for each in found)
+
+
+def test_a_sequence_alone_is_read_beside_its_own_beginning():
+    rows = [
+        accuracy(method, domain, value, guard="none", request=request)
+        for method, kept in (("dsg", 0.25), ("rmu", 0.24))
+        for request, domain, value in ((0, "retain", 0.26), (3, "retain", kept))
+    ]
+    assert not any("keeps more" in each.text for each in findings(Measurements(rows)))
+
+
+def test_alignment_with_a_model_at_chance_is_not_shown(tmp_path):
+    scored = accuracy("dsg", "forget", 1.0) | {"metric": "alignment", "value": 0.987}
+    for base, is_shown in ((BASE, True), (IGNORANT, False)):
+        write_results(tmp_path, [*base, *OURS, scored])
+        assert ("0.987" in build_report(tmp_path).read_text(encoding="utf-8")) == is_shown
+
+
 @pytest.mark.parametrize(
     ("shown", "side", "verb"),
     [(0.99, "against", "does not stop"), (0.25, "for", "holds back"), (0.45, "for", "only partly")],
