@@ -138,7 +138,7 @@ def score_passages(model: nn.Module, batch: PassageBatch, guard: AnyGuard | None
 
 
 def halving(
-    score: Callable[[nn.Module, Any, AnyGuard | None], Values],
+    score: Callable[[nn.Module, Any, Any], Values],
 ) -> Callable[[nn.Module, Any, AnyGuard | None], Values]:
     """Make a scoring function that tries again with half the batch when memory runs out.
 

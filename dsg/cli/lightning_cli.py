@@ -26,6 +26,7 @@ from dsg.cli.config_errors import one_line, one_sentence, user_error_behind
 from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.interrupts import interrupts_raised
 from dsg.cli.kept_rows import KeptRows, RowsInCheckpoints
+from dsg.cli.outcome import print_outcome
 from dsg.cli.quiet import calm_libraries
 from dsg.cli.run_parts import EndsAtSigterm, with_whole_checkpoints
 from dsg.cli.tracking import (
@@ -80,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     parser_kwargs |= {"prog": "dsg", "exit_on_error": False}
     with ExitStack() as stack, interrupts_raised():
         try:
-            RunCLI(stack, list(argv), parser_kwargs=parser_kwargs)
+            cli = RunCLI(stack, list(argv), parser_kwargs=parser_kwargs)
         except argparse.ArgumentError as error:
             raise UserError(f"{one_sentence(str(error))}; see dsg {argv[0]} --help.") from None
         except MisconfigurationException as error:
@@ -97,6 +98,8 @@ def run(argv: Sequence[str]) -> int:
             if refusal is None:
                 raise
             raise refusal from None
+    if is_rank_zero():
+        print_outcome(cli.run_dir)
     return 0
 
 

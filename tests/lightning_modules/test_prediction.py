@@ -201,6 +201,9 @@ def test_a_killed_run_goes_on_on_two_ranks(toy, tmp_path):
     # What was written before is not found out again.
     lines = [len((journal / f"2-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert lines == [1, 2]
+    said = " ".join(resumed.stdout.split())
+    assert said.count("forget trigger rate 7 0.") == 1
+    assert f"{tmp_path / 'cut' / 'predictions.jsonl'} a row per text" in said
     predict(toy, tmp_path / "whole")
     for name in ("predictions.jsonl", "predictions.parquet", "results.jsonl"):
         one, other = (tmp_path / folder / name for folder in ("cut", "whole"))

@@ -125,7 +125,7 @@ def test_saved_configuration_runs_again_and_does_not_overwrite(write_config, cap
     assert main(["test", "-c", "out/config.yaml", "--run_dir", "again"]) == 0
 
 
-def test_default_loggers_write_into_the_run_directory(write_config):
+def test_default_loggers_write_into_the_run_directory(write_config, capsys):
     config = write_config()
     text = yaml.safe_load(Path(config).read_text())
     del text["trainer"]["logger"]
@@ -141,6 +141,7 @@ def test_default_loggers_write_into_the_run_directory(write_config):
     assert sorted(tracked) == [0, 1, 2]
     assert tracked == pytest.approx(logged, rel=1e-6)
     assert sorted(os.listdir()) == ["out", "tiny.yaml"]
+    assert capsys.readouterr().out.endswith("out/metrics.csv  what was logged on the way\n")
 
 
 def test_input_found_wrong_during_the_run_leaves_nothing(write_config, capsys):

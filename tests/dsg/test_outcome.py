@@ -1,0 +1,67 @@
+"""A run's table for the terminal: first and last state side by side, and what it leaves out."""
+
+import io
+
+from rich.console import Console
+
+from dsg.report.outcome import outcome_table
+from dsg.results import row
+
+
+def shown(rows):
+    table, num_more = outcome_table(rows)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    return [line for line in lines if line.strip()], num_more
+
+
+def test_first_and_last_epoch_with_intervals():
+    rows = [
+        row(
+            method="npo", guard=guard, epoch=epoch, domain=domain, protocol="cloze",
+            metric="accuracy", value=0.5 + epoch / 10, n=72, low=0.25, high=0.75,
+        )
+        for epoch in (0, 1, 2)
+        for guard in ("on", "off")
+        for domain in ("retain", "forget")
+    ]  # fmt: skip
+    lines, num_more = shown(rows)
+    assert num_more == 0
+    assert [part.strip() for part in lines[0].split("  ") if part.strip()] == [
+        *("95 % intervals", "n", "epoch 0, guard off", "epoch 0, guard on"),
+        *("epoch 2, guard off", "epoch 2, guard on"),
+    ]
+    assert lines[2].split()[:3] == ["forget", "accuracy", "72"]
+    assert lines[2].count("0.5 [0.25, 0.75]") == lines[2].count("0.7 [0.25, 0.75]") == 2
+    assert lines[3].split()[:2] == ["retain", "accuracy"]
+
+
+def test_what_is_looked_for_first_stands_first_and_the_rest_is_counted():
+    rows = [
+        row(guard="none", domain=f"subject_{place:02}", metric=metric, value=0.5, n=9)
+        for place in range(40)
+        for metric in ("own_number", "accuracy")
+    ]
+    rows.append(row(guard="none", domain="forget", metric="accuracy", value=None, n=3))
+    rows.append(row(guard="none", domain="retain", metric="accuracy", value=1.0, n=3))
+    lines, num_more = shown(rows)
+    assert lines[2].split() == ["retain", "accuracy", "3", "1"]
+    assert lines[3].split() == ["subject", "00", "accuracy", "9", "0.5"]
+    assert len(lines) == 2 + 24
+    assert num_more == 81 - 24
+
+
+def test_a_metric_of_several_protocols_names_them():
+    rows = [
+        row(guard="none", domain="forget", protocol=protocol, metric="accuracy", value=0.5, n=4)
+        for protocol in ("cloze_plain", "cloze")
+    ]
+    lines, _ = shown(rows)
+    assert lines[2].startswith("forget accuracy (cloze) ")
+    assert lines[3].startswith("forget accuracy (cloze_plain) ")
+
+
+def test_nothing_measured_gives_no_table():
+    assert outcome_table([row(metric="accuracy", value=None)]) == (None, 0)
+    assert outcome_table([]) == (None, 0)
