@@ -2,11 +2,11 @@
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsg.atomic import whole_file
 from dsg.errors import UserError
 from dsg.reading import parse_json, read_bytes, read_text
 
@@ -45,10 +45,8 @@ def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     rows = list(rows)
     names = list({name: None for row in rows for name in row})
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    pyarrow.parquet.write_table(table, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as file:
+        pyarrow.parquet.write_table(table, file)
     return path
 
 
