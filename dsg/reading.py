@@ -55,6 +55,39 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path), str(path))
 
 
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        UserError: As for `read_text`; or it is no YAML, or a mapping has a key twice, of which the
+            first would be dropped without a word.
+    """
+    import yaml  # most readers need none of it
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            if twice:
+                line = node.start_mark.line + 1
+                raise UserError(
+                    f"{str(path)!r} has the key {twice[0]!r} twice, in the mapping from line "
+                    f"{line}; delete one."
+                )
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(read_text(path), Loader)
+    except RecursionError:
+        raise UserError(f"{str(path)!r} is not YAML that can be read; mend it.") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{str(path)!r} is not YAML ({' '.join(str(error).split())}); mend it."
+        ) from None
+
+
 def parse_json(text: str, place: str, remedy: str = "mend or delete it") -> Any:
     """The value of a JSON text.
 

@@ -71,7 +71,7 @@ def instantiate(path: Path) -> tuple[Any, Any]:
                 stack, ["-c", str(path)], run=False, parser_kwargs={"exit_on_error": False}
             )
     except argparse.ArgumentError as error:
-        raise UserError(f"{one_sentence(str(error))}; mend the grid.") from None
+        raise UserError(one_sentence(str(error), "mend the grid")) from None
     return cli.model, cli.datamodule
 
 

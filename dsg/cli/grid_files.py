@@ -29,7 +29,7 @@ def read_grid(path: Path) -> Grid:
     try:
         parsed: Any = parser.parse_path(str(path))
     except argparse.ArgumentError as error:
-        raise UserError(f"The grid {str(path)!r}: {one_sentence(str(error))}; mend it.") from None
+        raise UserError(f"The grid {str(path)!r}: {one_sentence(str(error), 'mend it')}") from None
     return kind(**vars(parser.instantiate(parsed)))
 
 

@@ -23,6 +23,7 @@ from dsg.atomic import remove_drafts
 from dsg.checkpoints import newest_checkpoint, read_checkpoint
 from dsg.cli.benchmark_names import map_strings, resolve_benchmark
 from dsg.cli.config_errors import one_line, one_sentence, user_error_behind
+from dsg.cli.config_files import check_config_files
 from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.interrupts import interrupts_raised
 from dsg.cli.kept_rows import KeptRows, RowsInCheckpoints
@@ -36,7 +37,8 @@ from dsg.cli.tracking import (
     place_loggers,
     unfailing,
 )
-from dsg.errors import UserError
+from dsg.cli.trainer_settings import check_strategy, trainer_refusals
+from dsg.errors import UserError, check_seeds
 from dsg.journal import FOLDER as JOURNAL_FOLDER
 from dsg.results import read_run_facts, write_run_facts
 from dsg.run_directory import is_rank_zero, run_directory
@@ -77,13 +79,14 @@ def run(argv: Sequence[str]) -> int:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message tells how to continue.
     """
     calm_libraries()
+    check_config_files(argv)
     parser_kwargs = {name: {"exit_on_error": False} for name in RunCLI.subcommands()}
     parser_kwargs |= {"prog": "dsg", "exit_on_error": False}
     with ExitStack() as stack, interrupts_raised():
         try:
             cli = RunCLI(stack, list(argv), parser_kwargs=parser_kwargs)
         except argparse.ArgumentError as error:
-            raise UserError(f"{one_sentence(str(error))}; see dsg {argv[0]} --help.") from None
+            raise UserError(one_sentence(str(error), f"see dsg {argv[0]} --help")) from None
         except MisconfigurationException as error:
             raise UserError(str(error)) from error
         except RuntimeError as error:
@@ -165,6 +168,9 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # The inherited method warns whenever arguments are passed on, as the dispatcher does.
         self.config = parser.parse_args(args)
+        seed = self.config.get(self.config.get("subcommand"), self.config).get("seed_everything")
+        if not isinstance(seed, bool):
+            check_seeds("seed_everything", [seed])
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -180,6 +186,7 @@ class RunCLI(LightningCLI):
             self.save_config_callback = None
             return
         config = self.config[self.subcommand]
+        check_strategy(config.trainer.strategy)
         first = config.config[0] if config.config else self.subcommand
         self.run_dir = Path(config.run_dir or f"runs/{run_name(Path(first))}")
         claim = run_directory(self.run_dir, overwrite=config.overwrite, resume=config.resume)
@@ -209,7 +216,8 @@ class RunCLI(LightningCLI):
         if loggers:
             loggers = [*(loggers if isinstance(loggers, list) else [loggers]), KeptRows()]
         plugins = with_whole_checkpoints(configured.get("plugins"))
-        return super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
+        with trainer_refusals():
+            return super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
 
     def _continue(self, config: Namespace) -> None:
         if is_rank_zero():

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsg.errors import UserError
-from dsg.reading import read_text
+from dsg.reading import read_yaml
 
 Config = dict[str, Any]
 
@@ -23,12 +21,7 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: There is none, or it is no mapping.
     """
-    try:
-        content = yaml.safe_load(read_text(path))
-    except RecursionError:
-        raise UserError(f"{str(path)!r} is nested too deeply; mend it.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{str(path)!r} is not YAML ({_one_line(error)}); mend it.") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} must hold a mapping, got {content!r}; mend it.")
     return content
@@ -150,7 +143,3 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

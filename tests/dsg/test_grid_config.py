@@ -69,10 +69,10 @@ def test_numbers_are_read_as_the_command_line_reads_them(tmp_path):
     [
         ({"seeds": []}, "`seeds` must list at least one value"),
         ({"seeds": [0, 0]}, "none twice"),
-        ({"seeds": 3}, 'key "seeds": Expected list'),
+        ({"seeds": 3}, "`seeds` must be a list, got '3'"),
         ({"tries": 3}, r"`tries` = 3 settings, got 2 for `methods.dsg`"),
         ({"epochs": 0}, "`epochs` of an attack must be at least 1, got 0"),
-        ({"colour": "red"}, "'colour' is not accepted"),
+        ({"colour": "red"}, "there is no option 'colour'"),
         ({"attacked": ["npo"]}, "`attacked` must name entries of `methods`, got 'npo'"),
         ({"attacked": []}, "`attacks` and `attacked` belong together"),
         (
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, changes, message):
 
 
 def test_an_unknown_command_of_a_sweep(tmp_path):
-    with pytest.raises(UserError, match="Got value: train"):
+    with pytest.raises(UserError, match="got 'train'"):
         read(tmp_path, {**SWEEP, "command": "train"})
 
 

@@ -48,11 +48,17 @@ def write_config(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lrr": 0.1}, "Option 'lrr' is not accepted"),
-        ({"lr": "fast"}, 'key "lr": Expected float. Got value: fast'),
-        ({"model": "TinyModul"}, "no attribute 'TinyModul'"),
-        ({"trainer": {"max_epocs": 1}}, "does not accept option 'trainer.max_epocs'"),
-        ({"trainer": {"max_epochs": "x"}}, '"trainer.max_epochs": Expected int. Got value: x'),
+        ({"lrr": 0.1}, "has no entry 'lrr'; did you mean lr?"),
+        ({"lr": "fast"}, "`model.init_args.lr` must be a number, got 'fast'"),
+        ({"model": "TinyModul"}, "has no 'TinyModul'; did you mean TinyModule"),
+        (
+            {"trainer": {"max_epocs": 1}},
+            "there is no option 'trainer.max_epocs'; did you mean trainer.max_epochs",
+        ),
+        (
+            {"trainer": {"max_epochs": "x"}},
+            "`trainer.max_epochs` must be a whole number, got 'x'; see dsg fit --help.",
+        ),
     ],
 )
 def test_wrong_configuration_is_one_line_and_leaves_nothing(change, message, write_config, capsys):
@@ -78,7 +84,7 @@ def test_own_classes_are_found_in_the_working_directory(write_config, monkeypatc
 
 def test_missing_configuration_file_is_one_line(capsys):
     assert main(["fit", "-c", "missing.yaml"]) == 2
-    assert "File does not exist" in capsys.readouterr().err
+    assert "'missing.yaml' cannot be read (no such file or directory)" in capsys.readouterr().err
 
 
 def test_sentence_of_a_nested_refusal():
@@ -86,7 +92,7 @@ def test_sentence_of_a_nested_refusal():
   Does not validate against any of the Union subtypes
   Subtypes: [<class 'a.b.Module'>, <class 'NoneType'>]
   Errors:
-    - Problem with given class_path 'm.M':
+    - Problem with given class_path 'tests.dsg.cli.tiny_runs.TinyModule':
         Parser key "ids":
           Does not validate against any of the Union subtypes
           Subtypes: [list[int], <class 'NoneType'>]
@@ -98,8 +104,8 @@ def test_sentence_of_a_nested_refusal():
     - Expected a <class 'NoneType'>
   Given value type: <class 'dict'>
   Given value: {'class_path': 'm.M'}"""
-    assert one_sentence(message) == (
-        'key "model": Problem with given class_path \'m.M\': key "ids": Expected int. Got value: a'
+    assert one_sentence(message, "mend it") == (
+        "`model.init_args.ids` must be a whole number, got 'a'; mend it."
     )
 
 
