@@ -8,6 +8,7 @@ from torch import nn
 
 from dsg.errors import UserError
 from dsg.hooks import resolve_hook_point, unwrap
+from dsg.revisions import noted_revision
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -42,7 +43,7 @@ class ModelIdentity:
         text = inner.config.get_text_config()
         return cls(
             name=inner.config.name_or_path or type(inner).__name__,
-            revision=getattr(inner.config, "_commit_hash", None),
+            revision=noted_revision(inner.config),
             model_type=inner.config.model_type,
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsg.errors import UserError
 from dsg.hub import first_line, load_pretrained, no_model
+from dsg.revisions import note_revision
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -52,6 +53,7 @@ def load_causal_lm(model_name: str, given: str | None = None, **options: Any) ->
     ]
     unexpected = [key for key in info["unexpected_keys"] if not _REMNANTS.search(key)]
     _check_weights(name, info["missing_keys"], unexpected, mismatched)
+    note_revision(model.config, model_name)
     return model
 
 

@@ -1,5 +1,6 @@
 """Folders in the exact layouts of the Hugging Face hub, small enough to build in a test."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,35 @@ def write_gemma_scope(folder: Path) -> Path:
     names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
     np.savez(folder / "params.npz", **{name: getattr(sae, name).detach().numpy() for name in names})
     return folder
+
+
+def write_cache(
+    cache: Path, repository: str, commit: str, folder: Path, revisions: Sequence[str] = ()
+) -> Path:
+    """Put a folder's files where the hub's cache keeps those of one commit of a model.
+
+    Args:
+        cache: The cache's root.
+        repository: `org/name`.
+        commit: 40 hex digits.
+        folder: Its files.
+        revisions: Branches and tags that point to the commit.
+
+    Returns:
+        The snapshot's folder, which holds links to the files.
+    """
+    place = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = place / "snapshots" / commit
+    for name in ("blobs", "refs", snapshot.relative_to(place)):
+        (place / name).mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        blob = place / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    for revision in revisions:
+        (place / "refs" / revision).write_text(commit)
+    return snapshot
 
 
 def write_saelens(folder: Path) -> Path:

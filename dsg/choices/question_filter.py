@@ -16,6 +16,7 @@ from dsg.hub import load_pretrained, short_name
 from dsg.items import Protocol
 from dsg.reading import read_json
 from dsg.results import write_atomically
+from dsg.revisions import note_revision, noted_revision
 
 FILTER_FILE = "questions.json"
 
@@ -29,7 +30,7 @@ class FilteredModel:
 
     Attributes:
         name: Hub name, or the folder's name without its place.
-        revision: Commit on the hub, if it came from there.
+        revision: Commit on the hub, if it came from there; that of its base for an adapter.
         weights: See `weights_sample`; None for a model of the hub.
         model_type: Architecture's name in Transformers.
         num_layers: Decoder layers.
@@ -51,13 +52,14 @@ class FilteredModel:
 
         Args:
             model_name: As the user gave it.
-            config: Its Transformers configuration; that of its base model for an adapter.
+            config: Its configuration, as `load_config` or `load_causal_lm` gives it; that of its
+                base model for an adapter.
         """
         text = config.get_text_config()
         folder = Path(model_name)
         return cls(
             name=short_name(model_name),
-            revision=None if folder.is_dir() else getattr(config, "_commit_hash", None),
+            revision=noted_revision(config),
             weights=weights_sample(folder) if folder.is_dir() else None,
             model_type=config.model_type,
             num_layers=text.num_hidden_layers,
@@ -97,7 +99,9 @@ def load_config(model_name: str) -> Any:
     if adapter.is_file():
         content = read_json(adapter)
         return load_config(content["base_model_name_or_path"])
-    return load_pretrained(AutoConfig.from_pretrained, model_name, " with a config.json")
+    config = load_pretrained(AutoConfig.from_pretrained, model_name, " with a config.json")
+    note_revision(config, model_name)
+    return config
 
 
 def weights_sample(folder: Path) -> str | None:

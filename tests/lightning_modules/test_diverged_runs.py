@@ -35,9 +35,9 @@ def broken(tmp_path_factory):
 @pytest.mark.parametrize("place", ["head", "first"])
 @pytest.mark.parametrize("guarded", [False, True])
 def test_evaluation(toy, broken, tmp_path, place, guarded):
-    settings = {"guard": guard_settings(toy)} if guarded else {}
+    module = EvaluationModule(broken[place], guard=guard_settings(toy) if guarded else None)
     with pytest.raises(UserError, match="must be finite, got nan or inf"):
-        make_trainer(tmp_path).test(EvaluationModule(broken[place], **settings), ToyData())
+        make_trainer(tmp_path).test(module, ToyData())
     assert not (tmp_path / "results.jsonl").exists()
 
 

@@ -13,12 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from datamodules.loading import load_tokenizer
 from dsg.errors import UserError
+from dsg.identity import ModelIdentity
+from dsg.results import read_run_facts
 from dsg.sae import load_sae
 from dsg.weights import ADAPTER_WEIGHTS
+from lightning_modules import EvaluationModule
 from lightning_modules.loading import load_model, short_name
 from tests.families import FAMILIES, build
 from tests.helpers import standard_sae, tiny_model
-from tests.hub_folders import write_gemma, write_gemma_scope
+from tests.hub_folders import write_cache, write_gemma, write_gemma_scope
+from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -71,6 +75,31 @@ def test_a_revision_chooses_among_copies(gemma, cache):
         assert load_model(f"org/name@{revision}").config.model_type == "llama"
     assert load_tokenizer("org/name@main").eos_token == "<eos>"
     assert short_name("org/name@v1") == "org/name"
+
+
+def test_a_run_tells_the_commit_of_its_model(toy, cache, tmp_path):
+    for commit, revisions in ((OLD, ["v1"]), (NEW, ["main"])):
+        write_cache(cache, "org/name", commit, toy / "model", revisions)
+    snapshot = cache / "models--org--name" / "snapshots" / OLD
+    for number, (name, label, commit) in enumerate(
+        [
+            ("org/name@v1", "org/name", OLD),
+            ("org/name", "org/name", NEW),
+            (f"org/name@{OLD}", "org/name", OLD),
+            (str(snapshot), OLD, OLD),
+            (str(toy / "model"), "model", None),
+        ]
+    ):
+        run_dir = tmp_path / str(number)
+        run_dir.mkdir()
+        module = EvaluationModule(name, guard_settings(toy))
+        make_trainer(run_dir).test(module, ToyData(), verbose=False)
+        told = read_run_facts(run_dir)["model"]
+        assert (told["name"], told["revision"]) == (label, commit)
+        # The guard remembers it, and a model that is saved does not carry it on.
+        assert module.guard.model.revision == commit
+        module.model.save_pretrained(run_dir / "copy")
+        assert ModelIdentity.of(load_model(str(run_dir / "copy"))).revision is None
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

@@ -2,8 +2,8 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
+import huggingface_hub.constants
 import pytest
 
 from dsg.choices.permutations import VARIANTS
@@ -17,7 +17,9 @@ from dsg.choices.question_filter import (
 )
 from dsg.errors import UserError
 from tests.choice_data import choice_rows, save_choice_model
+from tests.hub_folders import write_cache
 
+OLD, NEW = "a" * 40, "b" * 40
 MODEL = FilteredModel("google/gemma-2-2b-it", "abc", None, "gemma2", 26, 2304, 256000)
 SETS = {"one": choice_rows(3, subject="one"), "two": choice_rows(2, seed=1, subject="two")}
 
@@ -70,15 +72,42 @@ def test_folders_are_told_apart_by_their_weights(tmp_path):
     assert weights_sample(tmp_path) is None
 
 
-def test_a_hub_model_is_named_without_its_revision():
-    config = SimpleNamespace(
-        model_type="llama",
-        _commit_hash="123",
-        get_text_config=lambda: SimpleNamespace(num_hidden_layers=1, hidden_size=2, vocab_size=3),
-    )
-    assert FilteredModel.of("org/name@v1", config) == FilteredModel(
-        "org/name", "123", None, "llama", 1, 2, 3
-    )
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's cache with two commits of one model; the hub cannot be asked itself."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "model"
+    save_choice_model(folder)
+    for commit, revisions in ((OLD, ["v1"]), (NEW, ["v2", "main"])):
+        write_cache(tmp_path / "cache", "org/name", commit, folder, revisions)
+    return tmp_path / "cache"
+
+
+@pytest.mark.usefixtures("cache")
+def test_models_of_the_hub_are_told_apart_by_their_revision():
+    def of(name):
+        return FilteredModel.of(name, load_config(name))
+
+    old, new = of("org/name@v1"), of("org/name")
+    assert (old.name, old.revision, old.weights) == ("org/name", OLD, None)
+    assert (new.name, new.revision) == ("org/name", NEW)
+    assert old == of(f"org/name@{OLD}")
+    assert new == of("org/name@main") == of("org/name@v2")
+    assert old.difference(new) == f"revision is {OLD!r} there and {NEW!r} here"
+
+
+def test_a_filter_of_another_revision_is_refused(cache, tmp_path):
+    made = FilteredModel.of("org/name@v1", load_config("org/name@v1"))
+    correct = dict.fromkeys(range(VARIANTS * 5), True)
+    path = write_filter(tmp_path / "filter.json", filter_content(made, "lm_eval", SETS, correct))
+    known = QuestionFilter(path, "correct")
+    known.check_model(made)
+    with pytest.raises(UserError, match=f"revision is '{OLD}' there and '{NEW}' here"):
+        known.check_model(FilteredModel.of("org/name", load_config("org/name")))
+    # A copy in a folder is known by its weights, and by its commit where it lies in the cache.
+    place = str(cache / "models--org--name" / "snapshots" / NEW)
+    assert FilteredModel.of(place, load_config(place)).revision == NEW
 
 
 def test_other_questions_or_sets_are_refused(path):
