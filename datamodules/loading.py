@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from datamodules.resumable import ResumableLoader
 from datamodules.samplers import GlobalBatches
+from dsg.choices.question_filter import load_config
 from dsg.collate import (
     encode_passages,
     encode_question,
@@ -15,9 +16,10 @@ from dsg.collate import (
     prompt_collate,
     question_collate,
 )
+from dsg.errors import UserError
 from dsg.hub import load_pretrained
 from dsg.items import Passage, Prompt, Question
-from dsg.tokens import encode_texts, length_batches
+from dsg.tokens import check_vocabulary, encode_texts, length_batches
 
 BatchSize = int | Literal["auto"]
 
@@ -29,9 +31,15 @@ def load_tokenizer(model_name: str) -> Any:
         model_name: Hugging Face folder or hub name, perhaps with `@revision`.
 
     Raises:
-        UserError: There is none, or the hub refuses it.
+        UserError: There is none, the hub refuses it, or it has more tokens than its model.
     """
-    return load_pretrained(AutoTokenizer.from_pretrained, model_name, " with a tokenizer")
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, model_name, " with a tokenizer")
+    try:
+        config = load_config(model_name)
+    except UserError:  # the folder holds a tokenizer alone
+        return tokenizer
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size, model_name)
+    return tokenizer
 
 
 def batch_loader(

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -196,6 +196,30 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(token_id, int):
             return token_id
     return 0
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int, model_name: str) -> None:
+    """Refuses a tokenizer that writes ids for which the model has no embedding.
+
+    Control tokens that no text holds may lie beyond it, such as an image's place in Gemma 3.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: Rows of the model's embedding.
+        model_name: Of both, for the message.
+
+    Raises:
+        UserError: It is one.
+    """
+    added = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    roles = [getattr(tokenizer, f"{role}_token_id", None) for role in (*_UNCOUNTED_ROLES, "unk")]
+    used = [*added, *(token_id for token_id in roles if isinstance(token_id, int))]
+    size = max(tokenizer.vocab_size, *(token_id + 1 for token_id in used), 0)
+    if size > vocab_size:
+        raise UserError(
+            f"`model_name` must hold a tokenizer of at most the model's {vocab_size} tokens, got "
+            f"{model_name!r} with one of {size}; give the tokenizer that belongs to the model."
+        )
 
 
 def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:

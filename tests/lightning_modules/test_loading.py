@@ -97,7 +97,10 @@ def test_a_run_tells_the_commit_of_its_model(toy, cache, tmp_path):
         told = read_run_facts(run_dir)["model"]
         assert (told["name"], told["revision"]) == (label, commit)
         # The guard remembers it, and a model that is saved does not carry it on.
+        assert module.guard is not None
+        assert module.guard.model is not None
         assert module.guard.model.revision == commit
+        assert module.model is not None
         module.model.save_pretrained(run_dir / "copy")
         assert ModelIdentity.of(load_model(str(run_dir / "copy"))).revision is None
 
