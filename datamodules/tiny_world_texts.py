@@ -123,6 +123,10 @@ class TinyWorldTexts:
             texts = texts + self.world.short_texts(domains, count, "near calibration")
         return texts
 
+    def calibration_documents(self) -> list[str]:
+        """As many retain documents, to show what a threshold from them would do."""
+        return self.world.documents(RETAIN_DOMAINS, NUM_CALIBRATION_TEXTS, "calibration")
+
     def heldout_texts(self) -> list[str]:
         """Short retain texts for the false-positive rate; none of them calibrates."""
         return self._short_retain_texts[NUM_CALIBRATION_TEXTS:]

@@ -19,7 +19,16 @@ from dsg.cli.quiet import calm_libraries
 from dsg.cli.stages import Stages
 from dsg.cli.trainers import Tracking
 from dsg.cli.tuning import NUM_RANDOM_DRAWS
-from dsg.cli.world_stages import Cell, Context, evaluate, relearn, sequence, tune_guards, tune_rmu
+from dsg.cli.world_stages import (
+    FROM_DOCUMENTS,
+    Cell,
+    Context,
+    evaluate,
+    relearn,
+    sequence,
+    tune_guards,
+    tune_rmu,
+)
 from dsg.recipes import RECIPES
 from dsg.report import build_report, results_table
 from dsg.report.sidefiles import (
@@ -33,7 +42,7 @@ from dsg.report.sidefiles import (
 from dsg.results import write_results, write_run_facts
 from dsg.run_directory import run_directory
 
-METHODS = ("base", *(method for method in RECIPES if method != "random"), "rmu")
+METHODS = ("base", *(method for method in RECIPES if method != "random"), FROM_DOCUMENTS, "rmu")
 ATTACKS: tuple[Literal["full", "lora"], ...] = ("full", "lora")
 ATTACKED: tuple[tuple[str, Literal["none", "test_time", "train_time"]], ...] = (
     ("dsg", "test_time"),

@@ -48,6 +48,8 @@ from lightning_modules.loading import load_model
 NUM_RMU_TEXTS = 240
 NUM_ATTACK_TEXTS = 60
 NUM_DESCRIBED = 8
+# DSG with a threshold from retain documents; the others' comes from texts shaped like questions.
+FROM_DOCUMENTS = "dsg_documents"
 ATTACK_LR = {"full": 5e-4, "lora": 3e-3}
 
 
@@ -120,6 +122,8 @@ def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
         guards[f"random_{draw}"] = tuner.make(replace(dsg, method="random", draw=draw))
     maker.calibration_texts = data.calibration_texts(near=True)
     guards["dsg_near"] = tuner.make(replace(dsg, method="dsg_near"))
+    maker.calibration_texts = data.texts.calibration_documents()
+    guards[FROM_DOCUMENTS] = tuner.make(dsg)
     for name, guard in guards.items():
         guard.save(folder / name)
     found = guards["dsg"].facts["selection"]

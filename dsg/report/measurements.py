@@ -13,6 +13,7 @@ METHOD_NAMES = {
     "base": "No unlearning",
     "dsg": "DSG",
     "dsg_near": "DSG, near data in calibration",
+    "dsg_documents": "DSG, threshold from documents",
     "dsg_window": "DSG, window gate",
     "dsg_cusum": "DSG, CUSUM gate",
     "static_clamp": "Static clamp",

@@ -89,6 +89,7 @@ def test_texts_of_different_purposes_are_disjoint() -> None:
         "forget": texts.forget_texts(),
         "retain": texts.retain_texts(),
         "calibration": texts.calibration_texts(),
+        "calibration documents": texts.calibration_documents(),
         "near calibration": [
             text
             for text in texts.calibration_texts(near=True)

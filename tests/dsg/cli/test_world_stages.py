@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from datamodules import TinyWorldData, TinyWorldRequests
+from datamodules.tiny_world_texts import TinyWorldTexts
 from dsg.cli import world_stages
+from dsg.cli.world_demo import METHODS
 from dsg.cli.world_stages import Cell, sequence
+from dsg.report.measurements import method_name
 from dsg.splits import guard_texts
 
 RMU = {"steering": 60.0, "lr": 3e-3, "epochs": 2}
@@ -63,3 +66,14 @@ def test_guards_are_chosen_from_the_texts_that_a_request_has(context, tmp_path, 
         world_stages.tune_guards(context, tmp_path)
     requests = TinyWorldRequests(str(tmp_path), seed=0)
     assert read == [guard_texts(requests, near=False)["forget_selection"]]
+
+
+def test_the_demo_shows_a_threshold_from_documents_beside_that_from_question_shaped_texts():
+    texts = TinyWorldTexts(0, "pathogen")
+    documents, short = texts.calibration_documents(), texts.calibration_texts()
+    assert len(documents) == len(short)
+    # A document states four facts, a question-shaped text breaks off in the first one.
+    assert all(text.count(" .") >= 4 for text in documents)
+    assert all(text.count(" .") < 3 for text in short)
+    assert "dsg_documents" in METHODS
+    assert method_name("dsg_documents") == "DSG, threshold from documents"
