@@ -76,7 +76,7 @@ class GuardSettings:
     method: Method = "dsg"
     """`dsg`; `dsg_near`: calibrated with the near domain and other hazards as well; `dsg_window`,
     `dsg_cusum`: with a gate that text around a passage cannot dilute; `static_clamp`: DSG's
-    features without the gate; `farrell`: selection by firing frequency, no gate, only active
+    selection without a gate; `farrell`: selection by firing frequency, no gate, only active
     features clamped; `clamp_prime`: the same parts, in its paper with fewer features and a larger
     value; `refusal_clamp`: writes another feature instead; `random`: features matched in forget
     frequency."""

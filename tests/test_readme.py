@@ -1,8 +1,12 @@
 """What the README names exists, and its Python example uses the real interface."""
 
+import csv
 import inspect
 import re
 from pathlib import Path
+
+import pytest
+import yaml
 
 import dsg
 
@@ -51,3 +55,106 @@ def test_the_example_passes_arguments_that_exist():
             assert callable(getattr(dsg.Guard, name))
         else:
             assert isinstance(getattr(dsg.Guard, name), property)
+
+
+METHODS_TABLE = "| method | forget % | near % | retain % | alignment | retain ppl | seconds |"
+METHODS = {
+    "no unlearning": "base",
+    "DSG": "dsg",
+    "DSG, near data in calibration": "dsg_near",
+    "static clamp, tuned (no gate)": "static_clamp",
+    "Farrell et al.": "farrell",
+    "Clamp Prime": "clamp_prime",
+    "Refusal Clamp": "refusal_clamp",
+    "random features": "random",
+    "RMU": "rmu",
+    "GA": "ga",
+    "GradDiff": "grad_diff",
+    "NPO": "npo",
+    "SimNPO": "simnpo",
+    "SCRUB": "scrub",
+    "SSD": "ssd",
+    "task vector": "task_vector",
+}
+
+
+def table(header: str) -> list[list[str]]:
+    """Cells of the table that begins with this header, without emphasis and flags."""
+    body = README.split(f"{header}\n")[1].split("\n\n")[0].splitlines()[1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
+    return [[cell.replace("**", "").replace("▼", "") for cell in row] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Lines of the grid behind the tables."""
+    keys = ("phase", "attack", "method", "mode", "guard", "domain", "metric")
+    with (ROOT / ".github" / "grid.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["protocol"] in ("cloze", "passages")]
+    return {tuple(line[key] for key in keys): line for line in lines}
+
+
+def interval(line, scale: float, digits: int) -> str:
+    def shown(number: str, digits: int = digits) -> str:
+        return f"{scale * float(number):.{digits}f}".replace("100.0", "100")
+
+    return f"{shown(line['mean'])} [{shown(line['low'])}, {shown(line['high'])}]"
+
+
+def test_the_table_of_methods_is_what_was_measured(measured):
+    rows = table(METHODS_TABLE)
+    assert [row[0] for row in rows] == list(METHODS)
+    for name, *cells in rows:
+        method = METHODS[name]
+        guard = (
+            "none"
+            if ("unlearning", "", method, "", "on", "forget", "accuracy") not in measured
+            else "on"
+        )
+        for cell, domain in zip(cells, ("forget", "near", "retain"), strict=False):
+            line = measured["unlearning", "", method, "", guard, domain, "accuracy"]
+            assert cell == interval(line, 100, 1), (name, domain)
+
+
+def test_recovery_is_quoted_of_shown_facts(measured):
+    """What other facts lose with the attack itself would hide it."""
+    rows = table("| attack | what is attacked | shown | not shown | retain | area | half |")
+    quoted = 0
+    for attack, name, *_, area, half in rows:
+        if area == "–":
+            continue
+        kind = {"full": "relearn_full", "LoRA": "relearn_lora"}[attack]
+        mode = next((mode for mode in ("test", "train") if f"{mode} time" in name), "")
+        method = next(
+            m for n, m in METHODS.items() if name.split(",")[0].split(" at ")[0] == n.split(",")[0]
+        )
+        place = ("attack", kind, method, f"{mode}_time" if mode else "", "on" if mode else "none")
+        assert area == interval(measured[*place, "forget_shown", "recovery_area"], 1, 2), name
+        line = measured.get((*place, "forget_shown", "epochs_to_half"))
+        if half != "–":
+            assert half.split(" (")[0] == interval(line, 1, 1), name
+            assert ("of 3 seeds" in half) == (line["n_seeds"] != "3")
+        quoted += 1
+    assert quoted >= 10
+
+
+def test_a_clamp_that_is_tuned_by_itself_is_not_called_dsg_without_its_gate():
+    grid = yaml.safe_load((ROOT / "configs/grids/tiny_world.yaml").read_text(encoding="utf-8"))
+    assert grid["methods"]["static_clamp"].get("settings_of") != "dsg"
+    named = [line for line in README.splitlines() if re.match(r"\|.*static clamp.*\[", line)]
+    assert named
+    assert all("static clamp, tuned" in line for line in named)
+
+
+def test_what_is_said_of_gates_is_the_range_of_the_table():
+    rows = {
+        row[0]: row
+        for row in table(
+            "| method | forget % | near % | retain % | alignment | retain ppl | seconds |"
+        )
+    }
+    base = float(rows["no unlearning"][3].split()[0])
+    ungated = ("static clamp, tuned (no gate)", "Farrell et al.", "Clamp Prime", "Refusal Clamp")
+    losses = [base - float(rows[name][3].split()[0]) for name in ungated]
+    said = re.search(r"without a gate cost (\d+) to (\d+) points", README)
+    assert [int(number) for number in said.groups()] == [round(min(losses)), round(max(losses))]

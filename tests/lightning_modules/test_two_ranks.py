@@ -52,3 +52,4 @@ def test_attacks_run_on_two_ranks_and_begin_at_the_same_state(toy, tmp_path, ada
     one, two = ([row for row in found if row["epoch"] == 0] for found in rows)
     assert one == two
     assert {row["epoch"] for row in rows[1]} == {0, 1, 2}
+    assert rows[0] != rows[1]  # other batches, fewer steps: only what is not trained is the same
