@@ -22,7 +22,8 @@ _GUARD = {"none": "no guard", "off": "guard off", "on": "guard on"}
 def outcome_table(rows: Sequence[Row]) -> tuple[Table | None, int]:
     """The main measurements of a run with their 95 % intervals and n.
 
-    Of several epochs or requests the first and the last are shown.
+    Of several epochs or requests the first and the last are shown, and a protocol's parts (forms of
+    questions, other rules) only where there is no overall number.
 
     Args:
         rows: Of the run's `results.jsonl`.
@@ -38,12 +39,13 @@ def outcome_table(rows: Sequence[Row]) -> tuple[Table | None, int]:
         lines.setdefault(line, {})[_state(row)] = row
     if not lines:
         return None, 0
-    shown = sorted(lines, key=_line_order)[:_MAX_LINES]
+    overall = {line[:2] for line in lines if line[2] in _OVERALL}
+    whole = [line for line in lines if line[2] in _OVERALL or line[:2] not in overall]
+    shown = sorted(whole, key=_line_order)[:_MAX_LINES]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("95 % intervals")
-    table.add_column("n", justify="right")
-    titles = _titles(list(states))
-    for title in titles:
+    table.add_column(r"\[95 % intervals]")
+    table.add_column("n", justify="right", no_wrap=True)
+    for title in _titles(list(states)):
         table.add_column(title, justify="right")
     several = {line[:2] for line in shown if sum(line[:2] == other[:2] for other in shown) > 1}
     for line in shown:

@@ -29,7 +29,7 @@ def test_first_and_last_epoch_with_intervals():
     lines, num_more = shown(rows)
     assert num_more == 0
     assert [part.strip() for part in lines[0].split("  ") if part.strip()] == [
-        *("95 % intervals", "n", "epoch 0, guard off", "epoch 0, guard on"),
+        *("[95 % intervals]", "n", "epoch 0, guard off", "epoch 0, guard on"),
         *("epoch 2, guard off", "epoch 2, guard on"),
     ]
     assert lines[2].split()[:3] == ["forget", "accuracy", "72"]
@@ -52,14 +52,25 @@ def test_what_is_looked_for_first_stands_first_and_the_rest_is_counted():
     assert num_more == 81 - 24
 
 
-def test_a_metric_of_several_protocols_names_them():
+def of_protocols(*protocols):
     rows = [
-        row(guard="none", domain="forget", protocol=protocol, metric="accuracy", value=0.5, n=4)
-        for protocol in ("cloze_plain", "cloze")
+        row(guard="none", domain="forget", protocol=protocol, metric="trigger_rate", value=0.5, n=4)
+        for protocol in protocols
     ]
-    lines, _ = shown(rows)
-    assert lines[2].startswith("forget accuracy (cloze) ")
-    assert lines[3].startswith("forget accuracy (cloze_plain) ")
+    lines, num_more = shown(rows)
+    return [line.split("  ")[0] for line in lines[2:]], num_more
+
+
+def test_protocols_are_named_where_there_are_several():
+    named = ["forget trigger rate (cloze)", "forget trigger rate (passages)"]
+    assert of_protocols("passages", "cloze") == (named, 0)
+    assert of_protocols("cloze") == (["forget trigger rate"], 0)
+
+
+def test_parts_of_a_protocol_are_left_out_where_there_is_an_overall_number():
+    assert of_protocols("cloze_question", "cloze") == (["forget trigger rate"], 1)
+    parts = ["forget trigger rate (turn_1)", "forget trigger rate (turn_2)"]
+    assert of_protocols("turn_2", "turn_1") == (parts, 0)
 
 
 def test_nothing_measured_gives_no_table():
