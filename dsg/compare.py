@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsg.errors import UserError
+from dsg.evaluation import named_twice
 from dsg.item_scores import read_items
 from dsg.paired import PairedTest, compare_values
 
@@ -156,11 +157,15 @@ def _overlap(guards: tuple[str, str], first: _Items, second: _Items) -> Overlap:
 
 def _compare(guards: tuple[str, str], first: _Items, second: _Items) -> list[Comparison]:
     columns: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
+    shared = first.keys() & second.keys()
+    twice = named_twice(
+        (item.domain, next(iter(first[item].names - {item.domain}), None)) for item in shared
+    )
     # In the order of the keys: the resampling must not depend on the order of the files.
-    for item in sorted(first.keys() & second.keys()):
+    for item in sorted(shared):
         one, other = first[item], second[item]
         for metric in one.values.keys() & other.values.keys():
-            for name in one.names & other.names:
+            for name in (one.names & other.names) - twice:
                 values = columns.setdefault((item.kind, name, metric), ([], []))
                 values[0].append(one.values[metric])
                 values[1].append(other.values[metric])

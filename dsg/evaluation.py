@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -119,6 +119,23 @@ def summarise(
 def in_id_order(items: Sequence[AnyItem]) -> list[AnyItem]:
     """The order in which per-sample values come."""
     return sorted(items, key=lambda item: item.id)
+
+
+def named_twice(names: Iterable[tuple[str, str | None]]) -> set[str]:
+    """Domains that are the whole of a pool: what is told of the pool says all about them.
+
+    Args:
+        names: Domain and pool of each item.
+    """
+    members: dict[str, set[str]] = {}
+    for domain, pool in names:
+        members.setdefault(pool or domain, set()).add(domain)
+    alone = {next(iter(domains)) for pool, domains in members.items() if domains != {pool}}
+    return {domain for domain in alone if _only_pool(domain, members)}
+
+
+def _only_pool(domain: str, members: Mapping[str, set[str]]) -> bool:
+    return [domains for domains in members.values() if domain in domains] == [{domain}]
 
 
 def _alignment(

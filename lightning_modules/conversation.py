@@ -38,6 +38,7 @@ from dsg.scoring import AnyGuard, Values
 from lightning_modules.guards import describe, make_guard
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels, metric_key
+from lightning_modules.precision import use_precision
 from lightning_modules.protocols import data_of
 
 CONVERSATION_DATA = ("name", "tokenizer", "conversations")
@@ -97,6 +98,7 @@ class ConversationModule(lightning.LightningModule):
         """Find out whether the judge can be asked, load the model and make the guard, once."""
         if self.model is not None:
             return
+        use_precision(self.trainer)
         if self.judge_settings is not None:
             self._grader = Grader(self.judge_settings)
             if self.trainer.is_global_zero:

@@ -12,6 +12,7 @@ from dsg.results import read_run_facts, write_run_facts
 from lightning_modules.guards import describe, make_guard
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels, Measurer
+from lightning_modules.precision import use_precision
 from lightning_modules.protocols import EVALUATION_DATA, Split, data_of
 
 
@@ -56,6 +57,7 @@ class EvaluationModule(lightning.LightningModule):
         """Load the models and make the guard, once."""
         if self.model is not None:
             return
+        use_precision(self.trainer)
         self.model = load_model(self.model_name)
         if self.base_model_name is not None:
             self.base_model = load_model(self.base_model_name)

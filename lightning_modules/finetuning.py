@@ -15,6 +15,7 @@ from dsg.objectives.likelihood import mean_nll, next_token_logits
 from dsg.tokens import TokenBatch
 from lightning_modules.distributed import exclude_frozen_from_ddp
 from lightning_modules.loading import load_plain_model
+from lightning_modules.precision import use_precision
 from lightning_modules.resuming import check_same_run, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable, save_model_folder
 
@@ -75,6 +76,7 @@ class FinetuningModule(lightning.LightningModule):
         """Load the model and choose the weights that train, once."""
         if self.model is not None:
             return
+        use_precision(self.trainer)
         self.model = prepare_attack(
             load_plain_model(self.model_name),
             self.adapter,

@@ -96,6 +96,7 @@ def guard_maker(
     data: Any = data_of(trainer, *GUARD_DATA)
     device = trainer.strategy.root_device
     model.to(device)  # pyright: ignore[reportArgumentType]
+    trainer.precision_plugin.convert_module(model)  # as it will be guarded
     sae = load_sae(settings.sae, settings.sae_id, device=str(device))
     return maker_from(settings, model, sae, data)
 

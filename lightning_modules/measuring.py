@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from dsg.answering import said_text
 from dsg.drift import DRIFT_COLUMNS, Drift, measure_drift
-from dsg.errors import UserError
-from dsg.evaluation import Measurement, in_id_order, summarise
+from dsg.evaluation import Measurement, in_id_order, named_twice, summarise
 from dsg.item_scores import item_rows, write_items
 from dsg.items import AnyBatch, Item, PassageBatch, Prompt, PromptBatch, QuestionBatch
 from dsg.per_sample import PerSample, columns_of, score
@@ -154,10 +153,13 @@ class Measurer:
         *,
         stage: Literal["val", "test"],
         epoch: float | None = None,
+        step: int = 0,
         request: int | None = None,
         forget_domains: Sequence[str] = ("forget",),
     ) -> None:
         """Gather all ranks' values, log the measurements and write the rows so far.
+
+        A domain that is the whole of a pool is logged under the pool's name alone.
 
         Does nothing in the sanity check of a resumed run, whose rows tell the state before
         training already.
@@ -172,6 +174,7 @@ class Measurer:
         elif self.baseline is None:
             self.baseline = values[states[0], "questions"]
         logged: dict[str, float] = {}
+        twice = named_twice((of.domain, of.pool) for items in self.items.values() for of in items)
         for state in states:
             samples = {kind: values[state, kind] for kind in _KINDS}
             self.samples |= {(state, kind): of for kind, of in samples.items()}
@@ -180,7 +183,11 @@ class Measurer:
             if state in ("none", "off") and self._drift_metric is not None:
                 moved = self._drift_metric.by_id()
                 measurements += measure_drift(self.items["passages"], moved)
-            logged |= {metric_key(found, stage, state): found.value for found in measurements}
+            logged |= {
+                metric_key(found, stage, state): found.value
+                for found in measurements
+                if found.domain not in twice
+            }
             columns = vars(labels)
             if state in self._further:
                 columns = {**columns, "method": f"{labels.method}_{state}"}
@@ -195,9 +202,11 @@ class Measurer:
                 )
                 for measurement in measurements
             ]
+        if epoch is not None:
+            logged["epoch"] = float(epoch)
         # Not through `LightningModule.log`, which would average over batches and ranks.
         for logger in trainer.loggers:
-            logger.log_metrics(logged, step=None if epoch is None else int(epoch))
+            logger.log_metrics(logged, step)
         if trainer.is_global_zero:
             write_results(trainer.default_root_dir, self.rows)
 
@@ -272,21 +281,3 @@ def metric_key(measurement: Measurement, stage: str, guard: str) -> str:
         name = f"{measurement.metric}_{suffix}"
     state = "off" if guard == "none" else guard
     return f"{stage}/{measurement.domain}/guard_{state}/{name}"
-
-
-def epochs_done(trainer: lightning.Trainer) -> int:
-    """Epochs of training behind the evaluation that is running, 0 in the sanity check."""
-    return 0 if trainer.sanity_checking else trainer.current_epoch + 1
-
-
-def require_full_sanity_check(trainer: lightning.Trainer) -> None:
-    """The sanity check is the evaluation before training, so it must be complete.
-
-    Raises:
-        UserError: It is not.
-    """
-    if trainer.num_sanity_val_steps != float("inf"):
-        raise UserError(
-            "`num_sanity_val_steps` must be -1, because the state before training is measured "
-            f"then, got {trainer.num_sanity_val_steps}; set trainer.num_sanity_val_steps: -1."
-        )

@@ -20,6 +20,7 @@ from dsg.splits import texts_digest
 from lightning_modules.guards import describe, make_guard
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels
+from lightning_modules.precision import use_precision
 from lightning_modules.protocols import data_of
 
 PREDICTION_DATA = ("name", "tokenizer", "texts")
@@ -97,6 +98,7 @@ class PredictionModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Load the model and make the guard, once."""
         if self.model is None:
+            use_precision(self.trainer)
             self.model = load_model(self.model_name)
             self.guard = make_guard(self.guard_settings, self.model, self.trainer)
 

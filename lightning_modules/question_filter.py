@@ -20,6 +20,7 @@ from dsg.per_sample import score
 from dsg.results import row, write_results
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels
+from lightning_modules.precision import use_precision
 from lightning_modules.protocols import data_of
 
 
@@ -68,6 +69,7 @@ class QuestionFilterModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.model is None:
+            use_precision(self.trainer)
             self.model = load_model(self.model_name)
 
     def on_validation_start(self) -> None:

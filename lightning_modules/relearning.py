@@ -24,13 +24,11 @@ from dsg.tokens import TokenBatch
 from lightning_modules.distributed import exclude_frozen_from_ddp
 from lightning_modules.guards import make_guard, remaking_settings
 from lightning_modules.loading import load_model, load_plain_model, short_name
-from lightning_modules.measuring import (
-    Labels,
-    Measurer,
-    require_full_sanity_check,
-)
+from lightning_modules.measuring import Labels, Measurer
+from lightning_modules.precision import use_precision
+from lightning_modules.progress import Progress, require_whole_epochs
 from lightning_modules.protocols import EVALUATION_DATA, data_of, val_loaders
-from lightning_modules.resuming import Progress, check_same_run, restore_rng, rng_states
+from lightning_modules.resuming import check_same_run, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable
 
 
@@ -138,11 +136,18 @@ class RelearningModule(lightning.LightningModule):
         self._remaking: GuardSettings | None = None
         self.progress = Progress()
 
+    def setup(self, stage: str) -> None:
+        """Check that the states before and after the attack will be measured."""
+        if stage == "fit":
+            require_whole_epochs(self.trainer)
+
     def configure_model(self) -> None:
         """Load the model, make the guard from it, and only then prepare the attack; once."""
         if self.model is not None:
             return
+        use_precision(self.trainer)
         model = load_plain_model(self.model_name)
+        self.trainer.precision_plugin.convert_module(model)
         if self.base_model_name is not None:
             self.base_model = load_model(self.base_model_name)
         if self.guard_settings is not None:
@@ -201,9 +206,8 @@ class RelearningModule(lightning.LightningModule):
             attack=self._attack_name(),
             seed=self.seed,
         )
-        self.measurer.finish(
-            self.trainer, labels, stage="val", epoch=self.progress.epochs(self.trainer)
-        )
+        epoch, step = self.progress.epochs(self.trainer), self.progress.step(self.trainer)
+        self.measurer.finish(self.trainer, labels, stage="val", epoch=epoch, step=step)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what the attacker may change."""
@@ -211,9 +215,12 @@ class RelearningModule(lightning.LightningModule):
         return torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay)
 
     def on_fit_start(self) -> None:
-        """Check that the state before the attack will be measured, and catch up when resumed."""
-        require_full_sanity_check(self.trainer)
+        """Catch up when resumed."""
         self.progress.catch_up(self, self.measurer.measured_epochs())
+
+    def on_train_end(self) -> None:
+        """Measure an attack that ends within an epoch."""
+        self.progress.measure_end(self, self.measurer.measured_epochs())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the attack changed and what was measured."""
@@ -230,7 +237,7 @@ class RelearningModule(lightning.LightningModule):
             UserError: The checkpoint is of another run.
         """
         check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
-        self.progress.load(checkpoint["epochs"])
+        self.progress.load(checkpoint["epochs"], checkpoint["global_step"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.measurer.load_state(checkpoint["measurer"])
             restore_rng(checkpoint["rng"])

@@ -4,14 +4,10 @@ import random
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from dsg.errors import UserError
-from lightning_modules.measuring import epochs_done
-from lightning_modules.protocols import data_of, val_loaders
 
 
 def rng_states() -> dict[str, Any]:
@@ -38,46 +34,11 @@ def restore_rng(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-class Progress:
-    """Epochs behind a module's weights, and the evaluation that an interruption swallowed.
-
-    After a checkpoint of an epoch's last batch Lightning goes on with the next epoch, so that the
-    evaluation which was to follow that batch would never take place.
-    """
-
-    def __init__(self) -> None:
-        self._loaded: float | None = None
-
-    def state(self, trainer: lightning.Trainer) -> float:
-        """What a checkpoint keeps: epochs so far, with the share of the one that is under way."""
-        in_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return trainer.current_epoch + in_epoch / trainer.num_training_batches
-
-    def load(self, state: float) -> None:
-        """Undo `state`."""
-        self._loaded = state
-
-    def epochs(self, trainer: lightning.Trainer) -> float:
-        """Epochs behind the weights: those of a checkpoint just loaded, if any."""
-        return epochs_done(trainer) if self._loaded is None else self._loaded
-
-    def catch_up(self, module: lightning.LightningModule, measured: Collection[Any]) -> None:
-        """Evaluate what a checkpoint of an epoch's last batch holds; for the beginning of `fit`.
-
-        Args:
-            module: The module, on its device, with the weights of the checkpoint, if there is one.
-            measured: Epochs that have been evaluated.
-        """
-        epochs = self._loaded
-        if epochs is not None and float(epochs).is_integer() and epochs not in measured:
-            with isolate_rng():
-                module.on_validation_start()
-                for number, loader in enumerate(val_loaders(data_of(module.trainer))):
-                    for index, batch in enumerate(loader):
-                        moved = batch if batch is None else batch.to(module.device)
-                        module.validation_step(moved, index, number)
-                module.on_validation_epoch_end()
-        self._loaded = None
+def described(part: object) -> list[Any]:
+    """A method by its class and its settings, in plain values."""
+    kind, plain = type(part), (str, int, float, type(None))
+    settings = {name: value for name, value in vars(part).items() if isinstance(value, plain)}
+    return [f"{kind.__module__}.{kind.__qualname__}", settings]
 
 
 def check_same_run(

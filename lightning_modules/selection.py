@@ -28,6 +28,7 @@ from dsg.statistics import FeatureStatistics, batch_statistics
 from lightning_modules.distributed import add_over_ranks, gather_firing_ranks
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels
+from lightning_modules.precision import use_precision
 from lightning_modules.protocols import GUARD_DATA, SelectionBatch, data_of
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class SelectionModule(lightning.LightningModule):
         """Load the model and the SAE, once."""
         if self.model is not None:
             return
+        use_precision(self.trainer)
         settings = self.guard_settings
         self.model = load_model(self.model_name)
         sae = load_sae(settings.sae, settings.sae_id, device=str(self._root_device))

@@ -1,5 +1,6 @@
 """Sequential forget requests as a `fit` run: one epoch is one request."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dsg.attacks import trainable_weights
 from dsg.errors import UserError
 from dsg.finite import finite_loss
 from dsg.items import AnyBatch
@@ -22,14 +24,12 @@ from dsg.stack import GuardStack
 from lightning_modules.distributed import exclude_frozen_from_ddp, leave_unwrapped
 from lightning_modules.guards import guard_maker, guard_of
 from lightning_modules.loading import load_plain_model, short_name
-from lightning_modules.measuring import (
-    Labels,
-    Measurer,
-    require_full_sanity_check,
-)
+from lightning_modules.measuring import Labels, Measurer
+from lightning_modules.precision import use_precision
+from lightning_modules.progress import Progress, require_whole_epochs
 from lightning_modules.protocols import GUARD_DATA, REQUEST_DATA, UnlearningBatch, data_of
 from lightning_modules.references import check_reference, make_reference
-from lightning_modules.resuming import Progress
+from lightning_modules.resuming import check_same_run, described, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable, load_guards, save_youngest
 
 
@@ -102,8 +102,14 @@ class SequentialModule(lightning.LightningModule):
         self.guards = GuardStack()
 
     def setup(self, stage: str) -> None:
-        """Let `fit` run without trainable weights."""
-        del stage
+        """Check that all states are measured; let `fit` run without trainable weights.
+
+        Raises:
+            UserError: The trainer measures otherwise, does not reload the data, or ends within a
+                request.
+        """
+        if stage == "fit":
+            self._check_trainer()
         if self.guard_settings is not None:
             leave_unwrapped(self.trainer.strategy)
 
@@ -111,7 +117,9 @@ class SequentialModule(lightning.LightningModule):
         """Load the model and what changes or guards it, once."""
         if self.model is not None:
             return
+        use_precision(self.trainer)
         self.model = load_plain_model(self.model_name)
+        self.trainer.precision_plugin.convert_module(self.model)  # before it is copied
         if self.guard_settings is not None:
             self.maker = guard_maker(self.guard_settings, self.model, self.trainer)
         if self.objective is not None:
@@ -179,6 +187,7 @@ class SequentialModule(lightning.LightningModule):
             labels,
             stage="val",
             epoch=request,
+            step=self.progress.step(self.trainer),
             request=request,
             forget_domains=tuple(data.request_domains[:request]),
         )
@@ -191,19 +200,11 @@ class SequentialModule(lightning.LightningModule):
         return torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
 
     def on_fit_start(self) -> None:
-        """Check that every epoch sees its own request and that all states are measured.
+        """Check that every request has its epoch, and catch up when resumed.
 
         Raises:
-            UserError: The trainer does not reload the data, or has no epoch for each request.
+            UserError: It has not.
         """
-        require_full_sanity_check(self.trainer)
-        # Lightning sets the attribute without declaring it.
-        reload_every: int = getattr(self.trainer, "reload_dataloaders_every_n_epochs")  # noqa: B009
-        if reload_every != 1:
-            raise UserError(
-                "`reload_dataloaders_every_n_epochs` must be 1, because every epoch is another "
-                f"request, got {reload_every}; set trainer.reload_dataloaders_every_n_epochs: 1."
-            )
         num_requests = len(data_of(self.trainer, *REQUEST_DATA).request_domains)
         if self.trainer.max_epochs != num_requests:
             raise UserError(
@@ -227,14 +228,51 @@ class SequentialModule(lightning.LightningModule):
         keep_trainable(self, checkpoint)
         checkpoint["measurer"] = self.measurer.state()
         checkpoint["num_guards"] = len(self.guards)
+        checkpoint["settings"] = self._settings()
         checkpoint["epochs"] = self.progress.state(self.trainer)
+        checkpoint["rng"] = rng_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the measurements and guards of the interrupted run."""
+        """Take up the measurements and guards of the interrupted run.
+
+        Raises:
+            UserError: The checkpoint is of another run.
+        """
+        check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
         self.measurer.load_state(checkpoint["measurer"])
-        self.progress.load(checkpoint["epochs"])
+        self.progress.load(checkpoint["epochs"], checkpoint["global_step"])
+        restore_rng(checkpoint["rng"])
         for guard in load_guards(self.trainer, checkpoint["num_guards"]):
             self.guards.append(guard)
+
+    def _check_trainer(self) -> None:
+        require_whole_epochs(self.trainer)
+        # Lightning sets the attribute without declaring it.
+        reload_every: int = getattr(self.trainer, "reload_dataloaders_every_n_epochs")  # noqa: B009
+        if reload_every != 1:
+            raise UserError(
+                "`reload_dataloaders_every_n_epochs` must be 1, because every epoch is another "
+                f"request, got {reload_every}; set trainer.reload_dataloaders_every_n_epochs: 1."
+            )
+        if self.trainer.max_steps != -1 or self.trainer.check_val_every_n_epoch != 1:
+            raise UserError(
+                "`max_steps` must be -1 and `check_val_every_n_epoch` 1, because every request is "
+                f"fulfilled and then measured, got {self.trainer.max_steps} and "
+                f"{self.trainer.check_val_every_n_epoch}; remove them."
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the outcome of this run, in plain values."""
+        return {
+            "model_name": self.model_name,
+            "guard": asdict(self.guard_settings) if self.guard_settings else None,
+            "objective": described(self.objective) if self.objective else None,
+            "reference": self.reference_kind,
+            "lr": self.lr,
+            "experiment": self.experiment,
+            "seed": self.seed,
+            "model_label": self.model_label,
+        }
 
     def _method(self) -> str:
         if self.guard_settings is not None:

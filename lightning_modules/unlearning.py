@@ -22,10 +22,12 @@ from lightning_modules.distributed import (
     leave_unwrapped,
 )
 from lightning_modules.loading import load_plain_model, short_name
-from lightning_modules.measuring import Labels, Measurer, require_full_sanity_check
+from lightning_modules.measuring import Labels, Measurer
+from lightning_modules.precision import use_precision
+from lightning_modules.progress import Progress, require_whole_epochs
 from lightning_modules.protocols import EVALUATION_DATA, UnlearningBatch, data_of
 from lightning_modules.references import ReferenceKind, check_reference, make_reference
-from lightning_modules.resuming import Progress, check_same_run, restore_rng, rng_states
+from lightning_modules.resuming import check_same_run, described, restore_rng, rng_states
 from lightning_modules.saving import keep_trainable, save_model_folder
 from lightning_modules.stopwatch import Stopwatch
 
@@ -101,17 +103,31 @@ class UnlearningModule(lightning.LightningModule):
         self._unfinished: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
-        """Let SSD run under DDP, which has no gradient to exchange."""
-        del stage
-        if not self.automatic_optimization:
-            leave_unwrapped(self.trainer.strategy)
+        """Check what will be measured; let SSD run under DDP, without a gradient to exchange.
+
+        Raises:
+            UserError: The trainer's settings do not fit.
+        """
+        if stage == "fit":
+            require_whole_epochs(self.trainer)
+        if self.automatic_optimization:
+            return
+        if stage == "fit" and self.trainer.max_epochs != 1:
+            raise UserError(
+                "`max_epochs` must be 1 for SSD, which reads all texts once, got "
+                f"{self.trainer.max_epochs}; set trainer.max_epochs: 1."
+            )
+        leave_unwrapped(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Load the model, choose the weights that train and fix the reference; once."""
         if self.model is not None:
             return
+        use_precision(self.trainer)
+        model = load_plain_model(self.model_name)
+        self.trainer.precision_plugin.convert_module(model)  # before it is copied
         self.model = prepare_attack(
-            load_plain_model(self.model_name),
+            model,
             self.adapter,
             self.lora_rank,
             self.lora_alpha,
@@ -160,7 +176,9 @@ class UnlearningModule(lightning.LightningModule):
         self.stopwatch.start()
 
     def on_train_end(self) -> None:
-        """Stop the clock."""
+        """Stop the clock, and measure a training that ends within an epoch."""
+        self.stopwatch.stop()
+        self.progress.measure_end(self, self.measurer.measured_epochs())
         self.stopwatch.stop()
 
     def on_validation_start(self) -> None:
@@ -192,9 +210,8 @@ class UnlearningModule(lightning.LightningModule):
             dataset=data_of(self.trainer, "name").name,
             seed=self.seed,
         )
-        self.measurer.finish(
-            self.trainer, labels, stage="val", epoch=self.progress.epochs(self.trainer)
-        )
+        epoch, step = self.progress.epochs(self.trainer), self.progress.step(self.trainer)
+        self.measurer.finish(self.trainer, labels, stage="val", epoch=epoch, step=step)
         # Before any checkpoint is written: training goes on from where it was.
         with torch.no_grad():
             for name, weight in self._unfinished.items():
@@ -212,17 +229,7 @@ class UnlearningModule(lightning.LightningModule):
         return torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
 
     def on_fit_start(self) -> None:
-        """Check that all states are measured and that SSD reads once; catch up when resumed.
-
-        Raises:
-            UserError: The trainer's settings do not fit.
-        """
-        require_full_sanity_check(self.trainer)
-        if not self.automatic_optimization and self.trainer.max_epochs != 1:
-            raise UserError(
-                "`max_epochs` must be 1 for SSD, which reads all texts once, got "
-                f"{self.trainer.max_epochs}; set trainer.max_epochs: 1."
-            )
+        """Catch up when resumed."""
         self.progress.catch_up(self, self.measurer.measured_epochs())
 
     def on_fit_end(self) -> None:
@@ -255,17 +262,14 @@ class UnlearningModule(lightning.LightningModule):
         check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
         self.measurer.load_state(checkpoint["measurer"])
         self.stopwatch = Stopwatch(checkpoint["unlearn_seconds"])
-        self.progress.load(checkpoint["epochs"])
+        self.progress.load(checkpoint["epochs"], checkpoint["global_step"])
         restore_rng(checkpoint["rng"])
 
     def _settings(self) -> dict[str, Any]:
         """What decides the outcome of this run, in plain values."""
-        kind = type(self.objective)
-        plain = (str, int, float, type(None))
-        hyper = {k: v for k, v in vars(self.objective).items() if isinstance(v, plain)}
         return {
             "model_name": self.model_name,
-            "objective": [f"{kind.__module__}.{kind.__qualname__}", hyper],
+            "objective": described(self.objective),
             "reference": self.reference_kind,
             "adapter": self.adapter,
             "lr": self.lr,

@@ -44,7 +44,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Name, group, project and configuration of the run.
+    """Name, group, project, job type, tags, id and configuration of the run.
 
     Raises:
         ValueError: See `read_history`; or the file describes no run.
@@ -56,12 +56,27 @@ def read_run(path: Path) -> dict[str, Any]:
         if record.WhichOneof("record_type") == "run":
             run = record.run
             described = {"name": run.display_name, "group": run.run_group, "project": run.project}
+            described |= {"job_type": run.job_type, "tags": list(run.tags), "id": run.run_id}
             config |= _config(run.config.update)
         elif record.WhichOneof("record_type") == "config":
             config |= _config(record.config.update)
     if not described:
         raise ValueError("the W&B file describes no run")
     return {**described, "config": config}
+
+
+def read_axes(path: Path) -> dict[str, str]:
+    """The metric on the x-axis of each metric for which one was defined by name.
+
+    Raises:
+        ValueError: See `read_history`.
+    """
+    axes = {}
+    for data in _records(path.read_bytes()):
+        record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "metric" and record.metric.name:
+            axes[record.metric.name] = record.metric.step_metric
+    return axes
 
 
 def _config(items: Any) -> dict[str, Any]:

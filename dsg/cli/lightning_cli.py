@@ -34,7 +34,9 @@ from dsg.cli.tracking import (
     Unfailing,
     data_facts,
     log_summary,
+    offline_runs,
     place_loggers,
+    tracked_facts,
     unfailing,
 )
 from dsg.cli.trainer_settings import check_strategy, trainer_refusals
@@ -137,6 +139,7 @@ class RunCLI(LightningCLI):
         self._stack = stack
         self._arguments = arguments
         self._started = time.time()
+        self._replaces: list[Path] | None = None
         super().__init__(
             args=arguments,
             save_config_callback=SaveRunConfig,
@@ -203,16 +206,17 @@ class RunCLI(LightningCLI):
             self._continue(config)
         # Absolute, because W&B's own process may have been started in another working directory.
         config.trainer.default_root_dir = str(self.run_dir.absolute())
-        experiment = config.model.get("init_args", Namespace()).get("experiment")
+        run_dir, facts = self.run_dir.absolute(), tracked_facts(self.subcommand, config)
+        self._replaces = offline_runs(run_dir) if config.resume else None
         config.trainer.logger = place_loggers(
-            config.trainer.logger, self.run_dir.absolute(), experiment
+            config.trainer.logger, run_dir, facts, resume=config.resume
         )
         self.config[self.subcommand] = map_strings(config, resolve_benchmark)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         configured = self._get(self.config_init, "trainer", default={})
-        loggers = unfailing(configured.get("logger"))
+        loggers = unfailing(configured.get("logger"), self._replaces)
         if loggers:
             loggers = [*(loggers if isinstance(loggers, list) else [loggers]), KeptRows()]
         plugins = with_whole_checkpoints(configured.get("plugins"))

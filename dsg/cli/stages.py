@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dsg.results import read_results, write_atomically
 
-_DONE = "stage.json"
+DONE_FILE = "stage.json"
 
 
 class Stages:
@@ -49,7 +49,7 @@ class Stages:
             What the work returned, now or earlier.
         """
         folder = self.folder(name)
-        done = folder / _DONE
+        done = folder / DONE_FILE
         started = time.monotonic()
         if done.is_file():
             note = "finished earlier"

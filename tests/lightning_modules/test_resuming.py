@@ -85,6 +85,65 @@ def test_a_resumed_run_sees_no_batch_twice(toy, tmp_path, whole):
     assert seen == [(2, batches[2]), *enumerate(batches)]
 
 
+def test_max_steps_within_an_epoch_leaves_a_measured_model(toy, tmp_path, whole):
+    torch.manual_seed(0)
+    make_trainer(tmp_path / "cut", max_epochs=EPOCHS, max_steps=4).fit(module_of(toy), ToyData())
+    rows = read_results(tmp_path / "cut")
+    assert {row["epoch"] for row in rows} == {0, 1, 1.3333}
+    checkpoint = whole / "checkpoints" / "step=4.ckpt"
+    make_trainer(tmp_path).validate(module_of(toy), ToyData(), ckpt_path=checkpoint, verbose=False)
+    assert [row for row in rows if row["epoch"] == 1.3333] == read_results(tmp_path)
+    # As after a kill between the last step and its evaluation.
+    make_trainer(tmp_path / "again", max_epochs=EPOCHS, max_steps=4).fit(
+        module_of(toy), ToyData(), ckpt_path=checkpoint
+    )
+    assert read_results(tmp_path / "again") == rows
+
+
+def test_max_steps_at_an_epochs_end_measures_once(toy, tmp_path, whole):
+    torch.manual_seed(0)
+    make_trainer(tmp_path, max_epochs=EPOCHS, max_steps=6).fit(module_of(toy), ToyData())
+    assert read_results(tmp_path) == [row for row in read_results(whole) if row["epoch"] < 3]
+
+
+def test_skipped_epochs_but_never_the_last(toy, tmp_path, whole):
+    torch.manual_seed(0)
+    trainer = make_trainer(tmp_path, max_epochs=EPOCHS, check_val_every_n_epoch=2)
+    trainer.fit(module_of(toy), ToyData())
+    assert read_results(tmp_path) == [row for row in read_results(whole) if row["epoch"] != 1]
+
+
+def test_training_goes_on_as_if_nothing_had_been_measured(toy, tmp_path):
+    torch.manual_seed(0)
+    module = module_of(toy)
+    make_trainer(tmp_path, max_epochs=EPOCHS, max_steps=4).fit(module, ToyData())
+    before = {name: part.training for name, part in module.named_modules()}
+    fresh = module_of(toy)
+    make_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(fresh, ToyData())
+    assert {name: part.training for name, part in fresh.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_check_interval": 0.5}, "`val_check_interval` must be 1.0, .* got 0.5"),
+        ({"val_check_interval": 2}, "`val_check_interval` must be 1.0, .* got 2"),
+        (
+            {"val_check_interval": 2, "check_val_every_n_epoch": None},
+            "got 2 with check_val_every_n_epoch None",
+        ),
+        ({"limit_val_batches": 0.5}, "`limit_val_batches` must be 1.0"),
+        ({"limit_val_batches": 1}, "`limit_val_batches` must be 1.0"),
+        ({"num_sanity_val_steps": 2}, "`num_sanity_val_steps` must be -1"),
+    ],
+)
+def test_other_evaluations_are_refused_before_the_model_is_loaded(toy, tmp_path, options, message):
+    module = module_of(toy)
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path, **options).fit(module, ToyData())
+    assert module.model is None
+
+
 def test_an_evaluation_of_a_checkpoint_repeats_that_of_the_run(toy, tmp_path, whole):
     checkpoint = whole / "checkpoints" / "after-step=6.ckpt"
     make_trainer(tmp_path).validate(module_of(toy), ToyData(), ckpt_path=checkpoint, verbose=False)

@@ -11,7 +11,7 @@ import yaml
 from dsg.cli.main import main
 from dsg.results import read_results
 from tests.lightning_modules.toy import guard_settings, save_toy
-from tests.wandb_reader import find_run_file, read_history, read_run
+from tests.wandb_reader import find_run_file, read_axes, read_history, read_run
 
 EPOCHS = 2
 
@@ -63,7 +63,9 @@ def attack(tmp_path, monkeypatch):
 def epochs_in_csv(run_dir) -> set[int]:
     with (run_dir / "metrics.csv").open(newline="") as file:
         return {
-            int(row["step"]) for row in csv.DictReader(file) if row["val/forget/guard_on/accuracy"]
+            int(float(row["epoch"]))
+            for row in csv.DictReader(file)
+            if row["val/forget/guard_on/accuracy"]
         }
 
 
@@ -79,6 +81,7 @@ def test_an_attack_is_one_run_with_stable_keys_per_epoch(attack):
     path = find_run_file(run_dir)
     run = read_run(path)
     assert (run["name"], run["group"]) == ("run", "robustness")
+    assert (run["job_type"], run["tags"]) == ("relearning", ["fit", "Toy"])
     assert run["project"] == "dynamic-sae-guardrails"
     assert run["config"]["config"]["model"]["init_args"]["seed"] == 3
     assert run["config"]["data"] == {"texts": 10}
@@ -87,11 +90,15 @@ def test_an_attack_is_one_run_with_stable_keys_per_epoch(attack):
     curves = [
         {key: value for key, value in row.items() if key.startswith("val/")} for row in history
     ]
-    steps = [
-        row["trainer/global_step"] for row, curve in zip(history, curves, strict=True) if curve
+    places = [
+        (row["epoch"], row["trainer/global_step"])
+        for row, curve in zip(history, curves, strict=True)
+        if curve
     ]
     curves = [curve for curve in curves if curve]
-    assert steps == list(range(EPOCHS + 1))
+    assert places == [(0, 0), (1, 3), (2, 6)]
+    axes = read_axes(path)
+    assert {axes[key] for key in curves[0]} == {"epoch"}
     assert len({frozenset(curve) for curve in curves}) == 1
     for row in read_results(run_dir):
         if row["protocol"] == "cloze" and row["metric"] == "accuracy":
