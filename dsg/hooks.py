@@ -59,7 +59,9 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The stack of decoder layers, which every forward pass of `model` calls."""
-    return unwrap(model).get_decoder()
+    decoder = unwrap(model).get_decoder()
+    # Compiled in place or around it, it is this module that runs.
+    return getattr(decoder, "_orig_mod", decoder)
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -176,7 +178,9 @@ def read_activations(
     inner = unwrap(model)
 
     def stop(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        raise _Reached(hidden_states(output))
+        # Another thread may run the same layer for itself.
+        if is_reading():
+            raise _Reached(hidden_states(output))
 
     # In front of every other hook: whatever edits this output must not be seen.
     handle = resolve_hook_point(inner, hook_point).register_forward_hook(stop, prepend=True)
