@@ -23,8 +23,10 @@ class Clamp:
         features: The guard's features.
         feature_acts: Their activations in the unedited stream.
         entries: Which feature is to be written at which token.
-        value: What to write, in activation units.
+        value: What to write.
         output_scale: Residual units per unit of decoder output; None where they are the same.
+        in_residual_units: Whether `value` is what the decoder row is to be multiplied by in the
+            residual stream, else an activation.
     """
 
     features: Features
@@ -32,6 +34,7 @@ class Clamp:
     entries: Bool[Tensor, "batch seq k"]
     value: float
     output_scale: Float[Tensor, "batch seq 1"] | None = None
+    in_residual_units: bool = False
 
 
 def clamp_entries(
@@ -89,11 +92,11 @@ def apply_clamps(
         entries = clamp.entries & ~_written(clamp, clamps[:index])
         if not entries.any():
             continue
-        z = clamp.feature_acts
+        z, value, scale = clamp.feature_acts, clamp.value, clamp.output_scale
         with torch.autocast(h.device.type, enabled=False):
-            delta = torch.where(entries, clamp.value - z, 0.0) @ clamp.features.W_dec.to(z.dtype)
-            if clamp.output_scale is not None:
-                delta = delta * clamp.output_scale
+            if scale is not None:
+                z, value = z * scale, value if clamp.in_residual_units else value * scale
+            delta = torch.where(entries, value - z, 0.0) @ clamp.features.W_dec.to(z.dtype)
         total = total.to(torch.promote_types(total.dtype, delta.dtype)) + delta
         here = entries.any(-1, keepdim=True)
         edited = here if edited is None else edited | here

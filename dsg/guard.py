@@ -137,8 +137,11 @@ class Guard(DeviceOnlyModule):
         return self._clamp_value.item()
 
     @property
-    def activation_value(self) -> float:
-        """`clamp_value` in activation units."""
+    def written_value(self) -> float:
+        """`clamp_value` as an activation, or for `residual_norm` in units of the residual stream.
+
+        They are the same where the SAE does not rescale its input.
+        """
         if self.clamp_unit == "activation" or self.residual_norm is None:
             return self.clamp_value
         return self.clamp_value * self.residual_norm

@@ -81,7 +81,7 @@ class Panel:
         # Read once: buffers on an accelerator would make every forward pass wait for it.
         # No density is below 0: a token gate is a density gate that is always open.
         self._thresholds = [-1.0 if g.gate == "token" else g.threshold for g in guards]
-        self._values = [guard.activation_value for guard in guards]
+        self._values = [guard.written_value for guard in guards]
         self._features = [guard.features for guard in guards]
 
     @property
@@ -148,8 +148,8 @@ class Panel:
             entries = refusal_entries(feature_acts, positions, guard.trigger_limit)
         else:
             entries = clamp_entries(feature_acts, positions, guard.clamp_scope, guard.trigger_limit)
-        scale = features.output_scale(h)
-        return Clamp(features, feature_acts, entries, self._values[index], scale)
+        scale, in_residual_units = features.output_scale(h), guard.clamp_unit == "residual_norm"
+        return Clamp(features, feature_acts, entries, self._values[index], scale, in_residual_units)
 
     def _positions(self, forward: ForwardPass, layer: nn.Module, index: int) -> Tensor:
         """Where a guard may edit."""

@@ -85,7 +85,7 @@ def write_steering_csv(guard: "Guard", path: str | Path, drop_gate: bool = False
     known = guard.facts.get("steering_csv", {}).get("descriptions", {})
     dropped = "" if guard.gate == "token" else f"{guard.gate} gate left out"
     limit = [guard.refusal_id, _text(guard.trigger_limit)] if refusal else []
-    value = _text(guard.activation_value)
+    value = _text(guard.written_value)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = (*(_REFUSAL_COLUMNS if refusal else ()), *_SHARED_COLUMNS)

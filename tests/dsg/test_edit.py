@@ -1,8 +1,10 @@
+import pytest
 import torch
 
 from dsg.edit import Clamp, apply_clamps, clamp_entries
 from dsg.sae import slice_features
-from tests.helpers import identity_sae, standard_sae
+from tests.guard_reference import FEATURES, LAYER, make_guard
+from tests.helpers import identity_sae, jumprelu_sae, random_ids, standard_sae, tiny_model
 
 
 def test_entries_by_scope():
@@ -77,3 +79,45 @@ def test_gradients_flow_through_the_delta():
     # z' is a constant where it is written, so only -z = -relu(h W + b) depends on h.
     back = (weights @ features.W_dec.T) * entries
     torch.testing.assert_close(actual, weights - back @ features.W_enc.T)
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("unit", ["activation", "residual_norm"])
+def test_what_is_written_by_hand_in_either_unit(normalization, unit):
+    sae = jumprelu_sae(dtype="float64", normalize_activations=normalization)
+    model = tiny_model().double()
+    guard = make_guard(
+        sae, threshold=0.0, clamp_value=-0.5, clamp_unit=unit, residual_norm=7.0 * len(FEATURES)
+    )
+    layer, ids, outputs = model.model.layers[LAYER], random_ids(2, 6), []
+    layer.register_forward_hook(lambda _m, _a, h: outputs.extend(h.flatten(0, 1)))
+    with torch.no_grad():
+        model(ids)
+        with guard.attached(model):
+            model(ids)
+    before, after = outputs[:12], outputs[12:]
+    sae.requires_grad_(False)
+    features, written = slice_features(sae, FEATURES), 0
+    for h, edited in zip(before, after, strict=True):
+        x, scale = h, 1.0
+        if normalization == "layer_norm":
+            scale = h.std().item()
+            x = (h - h.mean()) / (scale + 1e-5)
+        elif normalization == "constant_norm_rescale":
+            scale = (h @ h).sqrt().item() / 4.0  # the root of 16 channels
+            x = h / scale
+        pre = [
+            float((x - sae.b_dec * sae.cfg.apply_b_dec_to_input) @ sae.W_enc[:, j] + sae.b_enc[j])
+            for j in FEATURES
+        ]
+        z = [p * (p > sae.threshold[j].item()) for p, j in zip(pre, FEATURES, strict=True)]
+        torch.testing.assert_close(features.encode(h), torch.tensor(z, dtype=torch.float64))
+        # What the decoder row of a written feature is multiplied by in the residual stream.
+        wanted = -0.5 * 21.0 if unit == "residual_norm" else -0.5 * scale
+        expected = h.clone()
+        if max(z) > 0:
+            written += 1
+            for j, activation in zip(FEATURES, z, strict=True):
+                expected += (wanted - activation * scale) * sae.W_dec[j]
+        torch.testing.assert_close(edited, expected)
+    assert written > 3

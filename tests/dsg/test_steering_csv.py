@@ -140,7 +140,7 @@ def test_guards_come_back_with_equal_decisions_and_logits(tmp_path, settings):
     guard = make_guard(SAE, gate="token", facts=FACTS, **settings)
     again = imported(guard.to_steering_csv(tmp_path / "steer.csv"))
     assert (again.feature_ids, again.refusal_id) == (guard.feature_ids, guard.refusal_id)
-    assert again.clamp_value == guard.activation_value
+    assert again.clamp_value == guard.written_value
     # One sequence without a counted token, which no gate triggers.
     ids = torch.cat([random_ids(3, 6), torch.full((1, 6), BOS)])
     logits, triggered = guarded(guard, ids)
