@@ -16,6 +16,7 @@ from dsg.edit import ClampScope, Edit
 from dsg.errors import UserError, check_choice
 from dsg.features import DeviceOnlyModule, Features, check_finite
 from dsg.gate import Evidence, GateKind, decide, fired_tokens, make_gate
+from dsg.guard_values import check_kinds, check_numbers, describe
 from dsg.hooks import check_width, read_activations
 from dsg.identity import ModelIdentity
 from dsg.steering_csv import read_steering_csv, write_steering_csv
@@ -85,8 +86,14 @@ class Guard(DeviceOnlyModule):
         check_choice("clamp_unit", clamp_unit, get_args(ClampUnit))
         check_choice("gate", gate, get_args(GateKind))
         check_choice("edit", edit, get_args(Edit))
+        check_kinds(hook_point, uncounted_ids, pad_id, window_size, leak, facts)
+        check_numbers(gate, threshold, clamp_value, residual_norm, trigger_limit)
+        if clamp_unit == "residual_norm" and residual_norm is None:
+            raise UserError(
+                "`residual_norm` must be given for clamp_unit 'residual_norm', got None; measure "
+                "it or use clamp_unit 'activation'."
+            )
         self.rule = make_gate(gate, window_size, leak)
-        _check_numbers(gate, threshold, clamp_value, clamp_unit, residual_norm, trigger_limit)
         if edit == "refusal" and features.num_features < 2:
             raise UserError(
                 "`features` must be selected ones and last the one to write for the edit "
@@ -110,6 +117,10 @@ class Guard(DeviceOnlyModule):
         self.register_buffer(
             "_uncounted_ids", torch.tensor(sorted(uncounted_ids), dtype=torch.int64)
         )
+
+    def __repr__(self) -> str:
+        """Features, hook point, gate, threshold and edit in one line."""
+        return describe(self)
 
     @property
     def feature_ids(self) -> list[int]:
@@ -222,7 +233,7 @@ class Guard(DeviceOnlyModule):
         tensors, settings = read_artifact(directory)
         features = rebuild_features(tensors, settings.pop("encoder"))
         model = settings.pop("model")
-        return cls(features, model=ModelIdentity(**model) if model else None, **settings)
+        return cls(features, model=ModelIdentity.read(model), **settings)
 
     to_steering_csv = write_steering_csv
     from_steering_csv = staticmethod(read_steering_csv)
@@ -266,36 +277,3 @@ class Guard(DeviceOnlyModule):
             "model": self.model,
             "facts": self.facts,
         }
-
-
-def _check_numbers(
-    gate: GateKind,
-    threshold: float,
-    clamp_value: float,
-    clamp_unit: ClampUnit,
-    residual_norm: float | None,
-    trigger_limit: float,
-) -> None:
-    highest = float("inf") if gate == "cusum" else 1.0
-    if not 0.0 <= threshold <= highest or threshold == float("inf"):
-        wanted = "finite and at least 0" if gate == "cusum" else "a density in [0, 1]"
-        raise UserError(
-            f"`threshold` must be {wanted} for the gate {gate!r}, got {threshold}; calibrate it on "
-            "retain text."
-        )
-    if not abs(clamp_value) < float("inf"):
-        raise UserError(f"`clamp_value` must be finite, got {clamp_value}; try -500.0.")
-    if not 0.0 <= trigger_limit < float("inf"):
-        raise UserError(
-            f"`trigger_limit` must be finite and at least 0, got {trigger_limit}; 0 takes every "
-            "active feature."
-        )
-    if residual_norm is not None and not 0.0 < residual_norm < float("inf"):
-        raise UserError(
-            f"`residual_norm` must be finite and above 0, got {residual_norm}; measure it on text."
-        )
-    if clamp_unit == "residual_norm" and residual_norm is None:
-        raise UserError(
-            "`residual_norm` must be given for clamp_unit 'residual_norm', got None; measure it or "
-            "use clamp_unit 'activation'."
-        )

@@ -50,6 +50,21 @@ class ModelIdentity:
             vocab_size=num_embeddings(model),
         )
 
+    @classmethod
+    def read(cls, fields: dict[str, Any] | None) -> "ModelIdentity | None":
+        """The identity in an artifact; None if none was known.
+
+        Raises:
+            UserError: If the fields are others.
+        """
+        try:
+            return cls(**fields) if fields else None
+        except TypeError as error:
+            raise UserError(
+                f"`model` must be a model's identity, got {fields!r} ({error}); save the guard "
+                "again."
+            ) from error
+
     def check(self, model: nn.Module) -> None:
         """Refuses another architecture; another name alone is logged.
 
