@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dsg.atomic import whole_file
 from dsg.errors import UserError
+from dsg.reading import read_bytes, reason
 
 TENSORS_FILE = "guard.safetensors"
 SETTINGS_FILE = "guard.json"
@@ -39,18 +41,17 @@ _SETTINGS = {
 def write_artifact(
     directory: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
-    """Writes tensors and settings so that a reader sees all or nothing of them.
+    """Writes tensors and settings beside what is there, and puts them in its place once both last.
 
     Args:
-        directory: Created if missing.
+        directory: Created if missing. What it holds stays as it is unless everything is written.
         tensors: State of the guard's features.
         settings: Everything else, representable in JSON.
 
     Raises:
-        UserError: If the settings are not representable in JSON.
+        UserError: If the settings are not representable in JSON, or the folder cannot be written.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     blob = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     try:
         # Once through JSON, so that the digest is that of what a reader will see.
@@ -68,9 +69,19 @@ def write_artifact(
     }
     header["sha256"] = _digest(header)
     text = json.dumps(header, indent=2, sort_keys=True)
-    # The JSON comes last: it vouches for the tensors beside it.
-    _replace(folder / TENSORS_FILE, blob)
-    _replace(folder / SETTINGS_FILE, f"{text}\n".encode())
+    try:
+        with whole_file(folder / TENSORS_FILE) as tensor_file:
+            tensor_file.write(blob)
+            tensor_file.flush()
+            os.fsync(tensor_file.fileno())
+            # Only now that there was room for the tensors is the JSON put in place, then they are.
+            with whole_file(folder / SETTINGS_FILE) as settings_file:
+                settings_file.write(f"{text}\n".encode())
+    except OSError as error:
+        raise UserError(
+            f"`directory` must be a folder that can be written, got {str(folder)!r} "
+            f"({reason(error)}), in which nothing was changed; make room there or name another."
+        ) from error
 
 
 def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -85,12 +96,13 @@ def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, A
         UserError: If a file is missing, unreadable, altered, or not of this format and version.
     """
     folder = Path(directory)
+    paths = (folder / SETTINGS_FILE, folder / TENSORS_FILE)
     try:
-        text, blob = (folder / SETTINGS_FILE).read_bytes(), (folder / TENSORS_FILE).read_bytes()
-    except OSError as error:
+        text, blob = map(read_bytes, paths)
+    except UserError as error:
         raise UserError(
             f"`directory` must hold {SETTINGS_FILE} and {TENSORS_FILE}, got {str(folder)!r} "
-            f"({error.strerror}); pass the folder given to `save`."
+            f"({str(error).split(';')[0]}); pass the folder given to `save`."
         ) from error
     header = _parse(folder / SETTINGS_FILE, text)
     if header.get("format_version") != _VERSION:
@@ -98,8 +110,8 @@ def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, A
             f"{folder / SETTINGS_FILE} must have format_version {_VERSION}, got "
             f"{header.get('format_version')!r}; load it with the release that wrote it."
         )
-    stated = header.pop("sha256", None)
-    if stated != _digest(header) or set(header.get("settings", ())) != _SETTINGS:
+    stated, settings = header.pop("sha256", None), header.get("settings")
+    if not isinstance(settings, dict) or set(settings) != _SETTINGS or stated != _digest(header):
         raise _damaged(folder / SETTINGS_FILE)
     if header.get("tensors_sha256") != hashlib.sha256(blob).hexdigest():
         raise _damaged(folder / TENSORS_FILE)
@@ -107,13 +119,13 @@ def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, A
         tensors = load(blob)
     except SafetensorError as error:
         raise _damaged(folder / TENSORS_FILE) from error
-    return tensors, header["settings"]
+    return tensors, settings
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
-    except ValueError as error:
+        header = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise _damaged(path) from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise UserError(
@@ -134,7 +146,5 @@ def _digest(header: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")

@@ -21,7 +21,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _uncompiled(function: _Function) -> _Function:
-    return torch.compiler.disable(function)
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 class Follower:

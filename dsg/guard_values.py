@@ -74,10 +74,13 @@ def describe(guard: "Guard") -> str:
     """A guard in one line: features, hook point, gate, threshold and edit."""
     ids = guard.feature_ids
     shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + ", ..." * (len(ids) > _SHOWN_IDS)
-    sizes = {"window": f" of {guard.window_size} tokens", "cusum": f" with leak {guard.leak:.4g}"}
-    gate = "no gate"
+    gate = "no gate" if guard.gate == "token" else f"gate {guard.gate}"
+    if guard.gate == "window":
+        gate += f" of {guard.window_size} tokens"
+    if guard.gate == "cusum":
+        gate += f" with leak {guard.leak:.4g}"
     if guard.gate != "token":
-        gate = f"gate {guard.gate}{sizes.get(guard.gate, '')} > {guard.threshold:.4g}"
+        gate += f" > {guard.threshold:.4g}"
     unit = " residual norms" if guard.clamp_unit == "residual_norm" else ""
     written = f"{guard.clamp_scope} to {guard.clamp_value:g}{unit}"
     if guard.refusal_id is not None:

@@ -81,6 +81,12 @@ def write_steering_csv(guard: "Guard", path: str | Path, drop_gate: bool = False
             "`trigger_limit` must be 0, because a steering CSV clamps every activation above 0, "
             f"got {guard.trigger_limit}; use guard.replace(trigger_limit=0.0)."
         )
+    if guard.clamp_unit == "residual_norm" and guard.features.normalization != "none":
+        raise UserError(
+            "`clamp_unit` must be 'activation', because a steering CSV writes one activation "
+            "whatever the token's norm, got 'residual_norm' with an SAE that rescales its input; "
+            "use guard.replace(clamp_unit='activation', clamp_value=...)."
+        )
     release, sae_id = _sae_name(guard)
     known = guard.facts.get("steering_csv", {}).get("descriptions", {})
     dropped = "" if guard.gate == "token" else f"{guard.gate} gate left out"

@@ -84,16 +84,22 @@ def reference(model, sae, guard, ids, prompt_length=None, running=True) -> Refer
         before = triggered[-1] if triggered else False
         triggered.append(before or (running and is_open(t + 1)))
 
-    value = guard.clamp_value
+    values = [guard.clamp_value] * len(ids)
     if guard.clamp_unit == "residual_norm":
-        value *= guard.residual_norm
+        # The SAE multiplies what it decodes by the size of the token's activations.
+        sizes = {
+            "layer_norm": h.std(-1),
+            "constant_norm_rescale": h.norm(dim=-1) / h.shape[-1] ** 0.5,
+        }
+        size = sizes.get(sae.cfg.normalize_activations, torch.ones(len(ids)))
+        values = [guard.clamp_value * guard.residual_norm / float(one) for one in size]
     z_new = z.clone()
     for t in range(len(ids)):
         above = [j for j in selected if z[t, j] > guard.trigger_limit]
         if triggered[t] and counted[t] and above:
             everything = selected if guard.clamp_scope == "all" else above
             for j in [guard.refusal_id] if guard.edit == "refusal" else everything:
-                z_new[t, j] = value
+                z_new[t, j] = values[t]
     edited = h + decode(z_new) - decode(z)
 
     handle = layer.register_forward_hook(lambda _m, _a, _o: edited[None])

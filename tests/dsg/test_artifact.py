@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -158,3 +160,91 @@ def test_facts_must_be_json(tmp_path):
     for facts in ({"x": float("nan")}, {"x": torch.zeros(1)}):
         with pytest.raises(UserError, match="`facts` must hold only finite numbers"):
             make_guard(jumprelu_sae(), facts=facts).save(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(saved):
+    _, folder = saved
+    for name in (TENSORS_FILE, SETTINGS_FILE):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(UserError, match="it is a pipe, a socket or a device"):
+            Guard.load(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"settings":' * 100_000, "\xff", '{"format": NaN}', "9" * 5000]
+)
+def test_settings_that_are_hardly_json(saved, text):
+    _, folder = saved
+    (folder / SETTINGS_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"must be as `save` wrote it|must be a guard of"):
+        Guard.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("clamp_value", "-500.0"),
+        ("clamp_value", None),
+        ("clamp_value", [1.0]),
+        ("clamp_value", True),
+        ("threshold", "0.5"),
+        ("threshold", None),
+        ("residual_norm", "3"),
+        ("trigger_limit", {}),
+        ("hook_point", 3),
+        ("uncounted_ids", "abc"),
+        ("uncounted_ids", [0.5]),
+        ("uncounted_ids", 7),
+        ("pad_id", "0"),
+        ("gate", 1),
+        ("window_size", "8"),
+        ("leak", [0.1]),
+        ("facts", [1]),
+        ("model", {"name": "x"}),
+        ("model", [1]),
+        ("encoder", []),
+        ("encoder", {"kind": "slice", "normalization": 1}),
+    ],
+)
+def test_settings_of_another_kind_are_refused_by_name(saved, name, value):
+    guard, folder = saved
+    resealed(folder, dict(guard.features.named_buffers()), **{name: value})
+    wanted = {"encoder": "fit its encoder|`normalization` must be one of"}.get(name, f"`{name}`")
+    with pytest.raises(UserError, match=wanted):
+        Guard.load(folder)
+
+
+def full_disk_at(monkeypatch, step, time):
+    """The n-th call of `os.fsync` or `os.replace` finds no room."""
+    real, calls = getattr(os, step), []
+
+    def full(*args):
+        calls.append(step)
+        if len(calls) == time:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    monkeypatch.setattr(os, step, full)
+
+
+@pytest.mark.parametrize(("step", "time"), [("fsync", 1), ("fsync", 2), ("replace", 1)])
+def test_a_full_disk_leaves_the_older_guard(saved, monkeypatch, step, time):
+    guard, folder = saved
+    other = make_guard(jumprelu_sae(seed=1), threshold=0.9)
+    full_disk_at(monkeypatch, step, time)
+    with pytest.raises(
+        UserError, match=r"\(no space left on device\), in which nothing was changed"
+    ):
+        other.save(folder)
+    monkeypatch.undo()
+    assert Guard.load(folder).threshold == guard.threshold
+    assert {path.name for path in folder.iterdir()} == {SETTINGS_FILE, TENSORS_FILE}
+    other.save(folder)
+    assert Guard.load(folder).threshold == 0.9
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "guard").write_text("")
+    with pytest.raises(UserError, match="`directory` must be a folder that can be written"):
+        make_guard(jumprelu_sae()).save(tmp_path / "guard")

@@ -44,7 +44,7 @@ def test_threshold_survives_a_cast_to_bfloat16():
             r"`threshold` must be a density in \[0, 1\] for the gate 'density', got 1.5",
         ),
         ({"threshold": float("nan")}, "`threshold` must be a density"),
-        ({"clamp_value": float("inf")}, "`clamp_value` must be finite"),
+        ({"clamp_value": float("inf")}, "`clamp_value` must be a finite number"),
         ({"clamp_scope": "some"}, r"`clamp_scope` must be one of \['all', 'active'\], got 'some'"),
         ({"clamp_unit": "norms"}, "`clamp_unit` must be one of"),
         ({"gate": "open"}, "`gate` must be one of"),
@@ -175,3 +175,30 @@ def test_float32_logits_do_not_depend_on_the_batch(sequences, side):
             alone = MODEL(torch.tensor([ids])).logits[0]
             real = batch.attention_mask[row].bool()
             torch.testing.assert_close(together[row][real], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "gate density > 0.3, clamp all to -20)"),
+        ({"gate": "window", "window_size": 8}, "gate window of 8 tokens > 0.3, clamp all to -20)"),
+        (
+            {"gate": "cusum", "leak": 0.25, "threshold": 2.0, "clamp_scope": "active"},
+            "gate cusum with leak 0.25 > 2, clamp active to -20)",
+        ),
+        ({"gate": "token", "edit": "refusal"}, "no gate, refusal feature 7 to -20)"),
+        (
+            {"clamp_unit": "residual_norm", "residual_norm": 3.0, "clamp_value": -0.5},
+            "gate density > 0.3, clamp all to -0.5 residual norms)",
+        ),
+    ],
+)
+def test_a_guard_reads_in_one_line(changes, text):
+    ids = "2 features [3, 0]" if "edit" in changes else "3 features [3, 0, 7]"
+    assert repr(make_guard(SAE, **changes)) == f"Guard({ids} at blocks.1.hook_resid_post, {text}"
+
+
+def test_the_line_of_many_features_stays_short():
+    text = repr(make_guard(SAE, list(range(20))))
+    assert text.startswith("Guard(20 features [0, 1, 2, 3, 4, 5, 6, 7, ...] at blocks.1")
+    assert len(text) < 160

@@ -2,6 +2,7 @@ import pytest
 
 from dsg.errors import UserError
 from tests.guard_reference import make_guard
+from tests.helpers import standard_sae
 from tests.steering_files import (
     CLAMP_PRIME,
     FACTS,
@@ -30,6 +31,15 @@ from tests.steering_files import (
 def test_what_the_format_cannot_say_is_refused(tmp_path, settings, message):
     guard = make_guard(SAE, **{"gate": "token", "facts": FACTS, **settings})
     with pytest.raises(UserError, match=message):
+        guard.to_steering_csv(tmp_path / "steer.csv")
+
+
+def test_residual_norms_of_an_sae_that_rescales_are_refused(tmp_path):
+    settings = {"gate": "token", "clamp_scope": "active", "facts": FACTS, "residual_norm": 3.0}
+    guard = make_guard(
+        standard_sae(normalize_activations="layer_norm"), clamp_unit="residual_norm", **settings
+    )
+    with pytest.raises(UserError, match=r"`clamp_unit` must be 'activation'.* got 'residual_norm'"):
         guard.to_steering_csv(tmp_path / "steer.csv")
 
 
