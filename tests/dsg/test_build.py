@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused(model, tokenizer):
         ({"ratio_percentile": 101.0}, r"`ratio_percentile` must be in \[0, 100\], got 101.0"),
         ({"threshold_percentile": -1.0}, r"`threshold_percentile` must be in \[0, 100\]"),
         ({"hook_point": "blocks.9.hook_resid_post"}, "one of the model's 3 decoder layers"),
-        ({"clamp_value": float("nan")}, "`clamp_value` must be finite"),
+        ({"clamp_value": float("nan")}, "`clamp_value` must be a finite number"),
         ({"max_length": 0}, "`max_length` must be at least 1 token"),
     ],
 )
