@@ -1,6 +1,6 @@
 """Two runs, item by item: what each item scored in either, and whether the difference is real."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dsg.item_scores import read_items
 from dsg.paired import PairedTest, compare_values
 
 # What is no number, cannot be averaged over items, or says nothing alone.
-_NO_METRIC = ("guard", "kind", "domain", "pool", "key", "id", "text", "chosen", "nll_sum")
+_NO_METRIC = ("guard", "kind", "domain", "pool", "key", "id", "fact", "text", "chosen", "nll_sum")
 _NO_METRIC_PREFIX = ("num_tokens", "log_prob_")
 
 
@@ -28,9 +28,10 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Values of one item, and the names under which they are reported."""
+    """Values of one item, the names under which they are reported, and what makes them a pair."""
 
     names: frozenset[str]
+    pair: str
     values: dict[str, float]
 
 
@@ -87,7 +88,7 @@ def compare_runs(
     Returns:
         The comparisons, ordered by state, kind, domain and metric, and how many items there were
         for each pair of states. An item without a value in one of the runs does not enter that
-        metric.
+        metric. Questions about one fact in several wordings are one pair, of their means.
 
     Raises:
         UserError: A directory holds no items, they cannot be told apart, or the runs share none.
@@ -132,7 +133,9 @@ def _read(run_dir: str | Path) -> dict[str, _Items]:
                 "their own."
             )
         names = frozenset({item.domain, row.get("pool") or item.domain})
-        items[item] = _Scores(names, _values(row))
+        fact = row.get("fact")
+        pair = f"{item.domain} {item.key}" if fact is None else f"fact {fact}"
+        items[item] = _Scores(names, pair, _values(row))
     return states
 
 
@@ -156,7 +159,7 @@ def _overlap(guards: tuple[str, str], first: _Items, second: _Items) -> Overlap:
 
 
 def _compare(guards: tuple[str, str], first: _Items, second: _Items) -> list[Comparison]:
-    columns: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
+    columns: dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]] = {}
     shared = first.keys() & second.keys()
     twice = named_twice(
         (item.domain, next(iter(first[item].names - {item.domain}), None)) for item in shared
@@ -166,13 +169,19 @@ def _compare(guards: tuple[str, str], first: _Items, second: _Items) -> list[Com
         one, other = first[item], second[item]
         for metric in one.values.keys() & other.values.keys():
             for name in (one.names & other.names) - twice:
-                values = columns.setdefault((item.kind, name, metric), ([], []))
-                values[0].append(one.values[metric])
-                values[1].append(other.values[metric])
+                pairs = columns.setdefault((item.kind, name, metric), {})
+                pairs.setdefault(one.pair, []).append((one.values[metric], other.values[metric]))
     return [
-        Comparison(guards, *column, compare_values(*values))
-        for column, values in sorted(columns.items())
+        Comparison(guards, *column, compare_values(*_means(pairs.values())))
+        for column, pairs in sorted(columns.items())
     ]
+
+
+def _means(facts: Iterable[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """Each run's mean over the wordings of each fact."""
+    means = [[sum(values) / len(values) for values in zip(*pairs, strict=True)] for pairs in facts]
+    first, second = zip(*means, strict=True)
+    return list(first), list(second)
 
 
 def choose(

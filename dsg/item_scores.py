@@ -35,6 +35,7 @@ def item_rows(
             "pool": item.pool,
             "key": item.key or _content_key(item),
             "id": item.id,
+            "fact": getattr(item, "fact", None),
             "text": None if texts is None else texts[place],
             **{name: column[place] for name, column in columns.items()},
         }

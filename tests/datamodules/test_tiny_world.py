@@ -126,3 +126,15 @@ def test_retain_means_the_distant_domains_only() -> None:
 def test_an_unknown_forget_domain_is_refused() -> None:
     with pytest.raises(UserError, match="must be one of pathogen, malware, toxin, got 'music'"):
         TinyWorldTexts(0, "music")
+
+
+def test_every_fact_is_asked_in_two_wordings() -> None:
+    counts = {}
+    for one in TinyWorldTexts(0, "pathogen").questions("test"):
+        counts.setdefault(one.domain, []).append(one.fact)
+    assert {domain: (len(facts), len(set(facts))) for domain, facts in counts.items()} == {
+        "forget": (72, 36),
+        "near": (72, 36),
+        "other_hazards": (144, 72),
+        "retain": (288, 144),
+    }

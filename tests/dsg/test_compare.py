@@ -45,6 +45,27 @@ def test_items_are_paired_by_key(tmp_path):
     assert (overlap.both, overlap.first_only, overlap.second_only) == (12, 1, 0)
 
 
+def test_wordings_of_one_fact_are_one_pair(tmp_path):
+    """Ten facts asked twice are no twenty answers."""
+
+    def run(name, known):
+        rows = [question(f"q{i}{form}", i < known, fact=i) for i in range(10) for form in "ab"]
+        rows += [question("own", 1.0), question("half", 1.0, fact=10)]
+        rows += [question("other half", 0.0, fact=10)]
+        return write(tmp_path / name, rows)
+
+    found, [overlap] = compare_runs(run("a", 6), run("b", 2))
+    [correct] = [c.test for c in found if c.metric == "correct"]
+    first = [float(i < 6) for i in range(10)] + [1.0, 0.5]
+    second = [float(i < 2) for i in range(10)] + [1.0, 0.5]
+    expected = sign_flip(first, second)
+    assert correct.n == 12
+    assert (correct.first, correct.second) == pytest.approx((expected.first, expected.second))
+    assert correct.p == pytest.approx(expected.p)
+    assert overlap.both == 23
+    assert {c.metric for c in found} == {"correct", "margin"}
+
+
 def test_the_same_run_with_itself(tmp_path):
     rows = [question(f"q{i}", i < 3, guard) for i in range(4) for guard in ("off", "on")]
     found, overlaps = compare_runs(write(tmp_path, rows), tmp_path)
