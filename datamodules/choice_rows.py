@@ -1,16 +1,16 @@
 """Reads and checks multiple-choice questions: WMDP, MMLU, and own files of the same fields."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dsg.choices.prompts import LETTERS, ChoiceRow, row_key
+from datamodules.choice_repeats import usable_rows
+from dsg.choices.prompts import LETTERS, ChoiceRow
 from dsg.choices.subjects import MMLU_SUBJECTS, WMDP_TOPICS, is_file_name
 from dsg.errors import UserError
-from dsg.hub import load_rows
+from dsg.hub import dataset_revision, load_rows, short_name
 
 WMDP = "cais/wmdp@7125571f22f032c56415e7980f48d877dd830ff8"
 MMLU = "cais/mmlu@c30699e8356da336a370243923dbaf21066bb9fe"
@@ -29,7 +29,7 @@ def read_sets(
         mmlu: Hub name or folder of MMLU.
 
     Returns:
-        The questions of each set in the order of the data, keys set.
+        The questions of each set in the order of the data, each once, keys set.
 
     Raises:
         UserError: Something cannot be read, a question is malformed, or a set comes twice.
@@ -53,7 +53,23 @@ def read_sets(
                     f"every set must have a name of its own, got {subject!r} again from {name!r}; "
                     "rename the file or its subject."
                 )
-            found[subject] = _with_keys(rows)
+            found[subject] = usable_rows(subject, rows)
+    return found
+
+
+def set_revisions(names: Collection[str], wmdp: str, mmlu: str) -> dict[str, str | None]:
+    """The commits of WMDP and MMLU, as far as they hold some of the sets.
+
+    Args:
+        names: Sets, as `read_sets` returns them.
+        wmdp: Hub name or folder of WMDP.
+        mmlu: Hub name or folder of MMLU.
+    """
+    found = {}
+    for source, members in ((wmdp, WMDP_TOPICS), (mmlu, MMLU_SUBJECTS)):
+        used = [name for name in names if name in members]
+        if used:
+            found[short_name(source)] = dataset_revision(source, used[0])
     return found
 
 
@@ -155,15 +171,4 @@ def _by_subject(rows: Iterable[ChoiceRow]) -> dict[str, list[ChoiceRow]]:
     found: dict[str, list[ChoiceRow]] = {}
     for row in rows:
         found.setdefault(row.subject, []).append(row)
-    return found
-
-
-def _with_keys(rows: Iterable[ChoiceRow]) -> list[ChoiceRow]:
-    """The rows with their keys; repeated questions are numbered, `<key>-2` and so on."""
-    seen: Counter[str] = Counter()
-    found = []
-    for row in rows:
-        key = row_key(row)
-        seen[key] += 1
-        found.append(replace(row, key=key if seen[key] == 1 else f"{key}-{seen[key]}"))
     return found

@@ -1,6 +1,6 @@
 """Questions with four choices as Lightning data: WMDP, MMLU and files of the same fields."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,8 @@ import lightning
 from torch.utils.data import DataLoader
 
 from datamodules.choice_pools import Pool, check_names, check_unused
-from datamodules.choice_rows import MMLU, WMDP, read_sets
+from datamodules.choice_repeats import check_pools, repeated_in_pool
+from datamodules.choice_rows import MMLU, WMDP, read_sets, set_revisions
 from datamodules.choice_training import AttackText, ChoiceTraining
 from datamodules.corpora import Corpora, CorpusSettings
 from datamodules.guard_texts import selection_loader
@@ -19,10 +20,9 @@ from dsg.choices.fitting import fit_question
 from dsg.choices.permutations import VARIANTS, Rule, variant
 from dsg.choices.prompts import ChoiceRow, make_question, rows_digest
 from dsg.choices.question_filter import FilteredModel, QuestionFilter, load_config
-from dsg.choices.subjects import MMLU_SUBJECTS, WMDP_TOPICS, expand_sets
+from dsg.choices.subjects import expand_sets
 from dsg.collate import encode_question
 from dsg.errors import UserError
-from dsg.hub import dataset_revision, short_name
 from dsg.items import Passage, Protocol, Question
 from dsg.splits import describe_texts, split_by_hash, texts_digest
 
@@ -65,8 +65,8 @@ class MultipleChoiceData(lightning.LightningDataModule):
         mmlu: Hub name or folder of MMLU.
 
     Raises:
-        UserError: A set is unknown, comes twice, or there is none; or an overlap that nobody
-            allowed.
+        UserError: A set is unknown, comes twice, or there is none; a question is in both pools; or
+            an overlap that nobody allowed.
     """
 
     def __init__(
@@ -149,8 +149,9 @@ class MultipleChoiceData(lightning.LightningDataModule):
             for subject, rows in read_sets(names, **self.sources).items():
                 check_unused(subject, pool, self.pools)
                 self.sets[subject], self.pools[subject] = rows, pool
+        check_pools(self.sets, self.pools)
         # Now, because the network may be gone when the run ends.
-        self._revisions = self._find_revisions()
+        self._revisions = set_revisions(self.sets, **self.sources)
         forget = [row for n, rows in self.sets.items() if self.pools[n] == "forget" for row in rows]
         self._train_texts = self.training.texts(forget, self)
         if self.keep is not None:
@@ -242,15 +243,15 @@ class MultipleChoiceData(lightning.LightningDataModule):
         return known.facts
 
     def _make_questions(self) -> None:
-        # A repeated question shares the half of the first one: its key differs in the number only.
-        keys = {row.key.partition("-")[0] for rows in self.sets.values() for row in rows}
+        keys = {row.key for rows in self.sets.values() for row in rows}
         validation = set(split_by_hash(keys, _HALVES)[0])
+        repeated = repeated_in_pool(self.sets, self.pools)
         for subject, rows in self.sets.items():
             for row in rows:
-                split = "validation" if row.key.partition("-")[0] in validation else "test"
-                half = self._questions[split]
+                half = self._questions["validation" if row.key in validation else "test"]
+                pool = None if (subject, row.key) in repeated else self.pools[subject]
                 question = make_question(
-                    self.protocol, row, self.tokenizer, id=len(half), pool=self.pools[subject]
+                    self.protocol, row, self.tokenizer, id=len(half), pool=pool
                 )
                 if self.training.shows_answers and self.pools[subject] == "forget":
                     question = replace(question, shown=True)
@@ -276,15 +277,6 @@ class MultipleChoiceData(lightning.LightningDataModule):
         return {
             option: ids[num_prompt:] for option, ids in zip(question.options, rows, strict=True)
         }
-
-    def _find_revisions(self) -> dict[str, str | None]:
-        members: dict[str, Iterable[str]] = {"wmdp": WMDP_TOPICS, "mmlu": MMLU_SUBJECTS}
-        found = {}
-        for family, source in self.sources.items():
-            used = [name for name in self.sets if name in members[family]]
-            if used:
-                found[short_name(source)] = dataset_revision(source, used[0])
-        return found
 
     def _given_corpora(self) -> Corpora:
         if self.corpora is None:

@@ -64,7 +64,11 @@ def choice_rows(num: int, seed: int = 0, subject: str = "toy") -> list[ChoiceRow
 
     rows = []
     for index in range(num):
-        choices = (words(1, 2), words(1, 2), words(1, 2), words(1, 2))
+        different: list[str] = []
+        while len(different) < 4:
+            different += {words(1, 2)} - {*different}
+        first, second, third, fourth = different
+        choices = (first, second, third, fourth)
         row = ChoiceRow(subject, f"{words(2, 6)} w{index % 26}", choices, index % 4)
         rows.append(ChoiceRow(subject, row.question, choices, row.answer, row_key(row)))
     return rows

@@ -81,11 +81,18 @@ def question_rows(
         {
             "question": f"{text(rng, 6, topic).capitalize()} {index}?",
             **({"subject": subject} if subject else {}),
-            "choices": [text(rng, int(rng.integers(1, 4)), topic) for _ in range(4)],
+            "choices": _choices(rng, topic),
             "answer": int(rng.integers(4)),
         }
         for index in range(num)
     ]
+
+
+def _choices(rng: np.random.Generator, topic: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    while len(found) < 4:
+        found += {text(rng, int(rng.integers(1, 4)), topic)} - {*found}
+    return found
 
 
 def text_rows(num: int, seed: int, topic: Sequence[str]) -> list[dict[str, str]]:

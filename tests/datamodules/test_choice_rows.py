@@ -76,14 +76,13 @@ def test_all_of_mmlu_is_read_at_once(tmp_path):
         read_sets(MMLU_SUBJECTS, mmlu=mmlu)
 
 
-def test_subjects_of_a_file_are_sets_and_repeated_questions_are_numbered(tmp_path):
+def test_subjects_of_a_file_are_sets(tmp_path):
     path = tmp_path / "own.jsonl"
-    lines = [{**GOOD, "subject": "one"}, {**GOOD, "subject": "two"}, {**GOOD, "subject": "one"}]
+    lines = [{**GOOD, "subject": "one"}, {**GOOD, "subject": "two"}]
     path.write_text("\n".join(map(json.dumps, lines)))
     found = read_sets([str(path)])
-    [first, second], [other] = found["one"], found["two"]
+    [first], [other] = found["one"], found["two"]
     assert first.key == other.key
-    assert second.key == f"{first.key}-2"
     with pytest.raises(UserError, match="got 'one' again"):
         read_sets([str(path), str(path)])
 

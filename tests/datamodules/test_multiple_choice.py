@@ -1,6 +1,7 @@
 """The data module: halves, pools, facts, filters, contexts that are too short, what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -63,11 +64,44 @@ def test_a_half_depends_neither_on_protocol_nor_on_the_other_sets(data):
     assert [q.key for q in alone] == [q.key for q in together]
 
 
-def test_repeated_questions_share_a_half(data, tmp_path):
-    path = write_rows(tmp_path / "twice.jsonl", [*BIO, *BIO])
-    for split in ("validation", "test"):
-        keys = [q.key for q in data(forget=[path], retain=[]).questions(split)]
-        assert {f"{key}-2" for key in keys if "-" not in key} == {key for key in keys if "-" in key}
+def test_a_question_that_stands_twice_in_a_file_is_asked_once(data, tmp_path, caplog):
+    moved = replace(BIO[1], choices=BIO[1].choices[::-1], answer=3 - BIO[1].answer)
+    spaced = replace(BIO[2], question=BIO[2].question.replace(" ", "  "))
+    path = write_rows(tmp_path / "twice.jsonl", [*BIO, BIO[0], moved, spaced])
+    made = data(forget=[path], retain=[])
+    assert keys(made) == {row.key for row in BIO}
+    assert made.facts()["sets"]["twice"]["n"] == len(BIO)
+    assert "3 of the 23 questions of twice are left out: 0 for equal choices, 3 that" in caplog.text
+
+
+def test_a_question_with_equal_choices_is_not_asked(data, tmp_path, caplog):
+    first, second, third, _ = BIO[0].choices
+    alike = replace(BIO[0], choices=(first, second, third, f" {second}"))
+    path = write_rows(tmp_path / "alike.jsonl", [alike, *BIO[1:]])
+    assert len(keys(data(forget=[path], retain=[]))) == len(BIO) - 1
+    assert "1 of the 20 questions of alike are left out: 1 for equal choices, 0" in caplog.text
+    path = write_rows(tmp_path / "all.jsonl", [alike])
+    with pytest.raises(UserError, match="with four different choices, got none among 1; mend"):
+        data(forget=[path], retain=[])
+
+
+@pytest.mark.parametrize("task", ["evaluate", "filter"])
+def test_a_question_to_forget_and_to_retain_is_refused(data, tmp_path, task):
+    moved = replace(BIO[4], choices=BIO[4].choices[::-1], answer=3 - BIO[4].answer)
+    path = write_rows(tmp_path / "both.jsonl", [BIO[3], *GEOGRAPHY, moved])
+    with pytest.raises(UserError, match=r"share a question, got 2 in both, .*in 'bio' and 'both'"):
+        data(retain=[path], task=task)
+
+
+def test_a_question_of_two_sets_counts_once_in_their_pool(data, folder, tmp_path, caplog):
+    """As 78 questions of MMLU that belong to two subjects."""
+    path = write_rows(tmp_path / "more.jsonl", [*BIO[:3], *choice_rows(2, 9)])
+    made = data(forget=[str(folder / "bio.jsonl"), path])
+    questions = [*made.questions("validation"), *made.questions("test")]
+    assert sum(q.domain == "more" for q in questions) == 5
+    assert sum(q.pool == "forget" for q in questions) == len(BIO) + 2
+    assert {q.key for q in questions if q.pool is None} == {row.key for row in BIO[:3]}
+    assert "3 questions stand in two sets of their pool (more) and count once" in caplog.text
 
 
 def test_batches_hold_each_question_of_their_half_once(data):
