@@ -48,7 +48,7 @@ COLUMNS = (
     Column("Gate triggers (other hazards)", "trigger_rate", ("other_hazards",)),
     Column("Density AUROC", "density_auroc", ("forget", "retain", None), is_share=False),
 )
-_FORGET_ACCURACY = COLUMNS[0]
+_FORGET_ACCURACY = 0  # its place among the columns
 _TERMINAL_COLUMNS = {
     "Forget accuracy": "forget",
     "Near-domain accuracy": "near",
@@ -86,14 +86,14 @@ def main_tables(measurements: Measurements) -> Html:
 def results_table(run_dir: str | Path) -> Table:
     """The main table of a run for the terminal; the caller prints it with rich.
 
-    Rates are in percent, without intervals; `<` marks accuracy below chance, and `cells<` counts
-    the seeds and data sets in which forget accuracy is.
+    Rates are in percent, without intervals; `<` marks accuracy below chance. Where there are
+    several seeds or data sets, `runs<` counts those in which forget accuracy is below chance.
     """
     measurements = Measurements(read_results(run_dir))
     has_questions = bool(measurements.where(metric="accuracy").rows)
     accuracy = "Accuracy in %; < is below chance: avoidance, not forgetting"
     title = accuracy if has_questions else "Gate rates (TPR, FPR) in %"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     groups = [(title, main_cells(group)) for title, group in measurements.comparisons()]
     shown = [
         index
@@ -102,17 +102,24 @@ def results_table(run_dir: str | Path) -> Table:
         and not (has_questions and column.title in _WITHOUT_QUESTIONS)
         and any(cells[index] for _, methods in groups for cells in methods.values())
     ]
+    forget = (cells[_FORGET_ACCURACY] for _, methods in groups for cells in methods.values())
+    with_runs = any(cell is not None and cell.num_runs > 1 for cell in forget)
     table.add_column("method", overflow="fold")
     for index in shown:
         table.add_column(_TERMINAL_COLUMNS[COLUMNS[index].title], justify="right", no_wrap=True)
-        if COLUMNS[index] == _FORGET_ACCURACY:
-            table.add_column("cells<", justify="right", no_wrap=True)
+        if with_runs and index == _FORGET_ACCURACY:
+            table.add_column("runs<", justify="right", no_wrap=True)
     for title, methods in groups:
         if len(groups) > 1:
             table.add_section()
             table.add_row(f"[bold]{escape(title)}[/bold]")
         for name, cells in methods.items():
-            numbers = (text for i in shown for text in _terminal_texts(cells[i], COLUMNS[i]))
+            numbers = []
+            for index in shown:
+                cell = cells[index]
+                numbers.append(_short(cell, COLUMNS[index]))
+                if with_runs and index == _FORGET_ACCURACY:
+                    numbers.append(f"{cell.num_below_chance}/{cell.num_runs}" if cell else "–")
             table.add_row(method_name(name), *numbers)
     return table
 
@@ -227,12 +234,6 @@ def _full(cell: Cell | None, column: Column) -> Html:
     if cell.n is not None:
         lines.append(markup.element("small", f"n = {cell.n}"))
     return markup.join(lines)
-
-
-def _terminal_texts(cell: Cell | None, column: Column) -> list[str]:
-    if column != _FORGET_ACCURACY:
-        return [_short(cell, column)]
-    return [_short(cell, column), f"{cell.num_below_chance}/{cell.num_runs}" if cell else "–"]
 
 
 def _short(cell: Cell | None, column: Column) -> str:

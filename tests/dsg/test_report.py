@@ -332,6 +332,19 @@ def test_terminal_table(run_dir):
     assert max(map(len, lines)) <= 100
 
 
+def test_the_terminal_table_of_several_seeds_fits_80_columns(tmp_path):
+    write_run(tmp_path, seeds=(0, 1, 2))
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(results_table(tmp_path))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.strip().startswith("RMU ") for line in lines)  # words are whole
+    assert any(line.strip().startswith("Random ") for line in lines)
+    clamp = next(line for line in lines if "Static clamp" in line)
+    assert "3/3" in clamp
+
+
 @pytest.mark.parametrize("attacks", [True, False])
 def test_overview_png(tmp_path, attacks):
     rows = [fields for fields in measured_rows() if attacks or fields["attack"] is None]
