@@ -1,5 +1,6 @@
 """From texts to a calibrated guard, in plain Python."""
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ from dsg.statistics import Importance
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+# At the 95th percentile 5 texts lie above the threshold.
+_ENOUGH_TEXTS = 100
+logger = logging.getLogger(__name__)
 
 
 def build_guard(
@@ -38,6 +43,7 @@ def build_guard(
     heldout_texts: Iterable[str] | None = None,
     max_length: int | None = 1024,
     batch_size: int = 32,
+    show_progress: bool = True,
 ) -> Guard:
     """Builds a guard for one forget request.
 
@@ -63,9 +69,11 @@ def build_guard(
         heldout_texts: Retain texts that measure the false-positive rate.
         max_length: Longest sequence, in tokens.
         batch_size: Sequences per forward pass.
+        show_progress: Show bars, on a terminal only.
 
     Returns:
-        A guard on the CPU, whose `facts` tell how it was made.
+        A guard on the CPU, whose `facts` tell how it was made. A warning is logged if few texts
+        stand behind its threshold.
 
     Raises:
         UserError: If SAE, model and hook point do not fit, a split is empty, splits share a text,
@@ -93,9 +101,21 @@ def build_guard(
         splits["retain_selection"],
         splits["retain_calibration"],
         splits["retain_heldout"],
+        show_progress=show_progress,
     )
     forget = {name: splits[name] for name in ("forget_selection", "forget_heldout")}
-    return maker.make(maker.statistics(splits["forget_selection"]), forget)
+    guard = maker.make(maker.statistics(splits["forget_selection"]), forget)
+    num_texts = len(splits["retain_calibration"])
+    if num_texts < _ENOUGH_TEXTS:
+        logger.warning(
+            "the threshold %.3g comes from %d calibration texts, of which %.1f are expected above "
+            "it; give `retain_texts` or `calibration_texts` enough for %d",
+            guard.threshold,
+            num_texts,
+            num_texts * (1 - threshold_percentile / 100),
+            _ENOUGH_TEXTS,
+        )
+    return guard
 
 
 def _split(

@@ -15,6 +15,7 @@ from dsg.errors import UserError
 from dsg.guard import Guard
 from dsg.hooks import check_width, resolve_hook_point
 from dsg.identity import ModelIdentity, check_sae_place
+from dsg.progress import with_bar
 from dsg.recipes import GuardSettings, choose_features, refusal_feature
 from dsg.sae import check_supported, describe_sae, slice_features
 from dsg.selection import Selection
@@ -152,6 +153,7 @@ class GuardMaker:
         retain_texts: Retain texts for the selection of features.
         calibration_texts: Retain texts that set the threshold.
         heldout_texts: Retain texts on which the false-positive rate is measured.
+        show_progress: Show a bar on a terminal for each pass over texts.
 
     Raises:
         UserError: SAE, model and hook point do not fit.
@@ -166,6 +168,8 @@ class GuardMaker:
         retain_texts: Sequence[str],
         calibration_texts: Sequence[str],
         heldout_texts: Sequence[str],
+        *,
+        show_progress: bool = False,
     ) -> None:
         check_supported(sae)
         check_width(model, sae.cfg.d_in)
@@ -177,18 +181,25 @@ class GuardMaker:
         self.sae = sae
         self.calibration_texts = calibration_texts
         self.heldout_texts = heldout_texts
-        self.retain = self.statistics(retain_texts)
-        self.calibration = self.statistics(calibration_texts)
+        self._show_progress = show_progress
+        self.retain = self.statistics(retain_texts, "retain_selection")
+        self.calibration = self.statistics(calibration_texts, "retain_calibration")
         self._origin = {
             "sae": describe_sae(sae),
             "texts": {"retain_selection": describe_texts(retain_texts)},
         }
 
-    def statistics(self, texts: Sequence[str]) -> FeatureStatistics:
-        """Statistics of texts at the hook point."""
+    def statistics(self, texts: Sequence[str], part: str = "forget_selection") -> FeatureStatistics:
+        """Statistics of texts at the hook point.
+
+        Args:
+            texts: One sequence each.
+            part: What the bar calls them.
+        """
         settings = self.settings
         batches = corpus_batches(self.tokenizer, texts, settings.max_length, settings.batch_size)
-        return collect_statistics(self.model, self.sae, settings.hook_point, batches)
+        shown = with_bar(batches, f"Features on {part}", show=self._show_progress)
+        return collect_statistics(self.model, self.sae, settings.hook_point, shown)
 
     def make(
         self,
@@ -222,6 +233,7 @@ class GuardMaker:
                 known.get(part, ()),
                 settings.max_length,
                 settings.batch_size,
+                shown_as=f"Gate on {part}" if self._show_progress else None,
             )
 
         guard = calibrate_guard(draft, settings, measure)
@@ -237,6 +249,8 @@ def text_statistics(
     texts: Sequence[str],
     max_length: int | None,
     batch_size: int,
+    *,
+    shown_as: str | None = None,
 ) -> Float[Tensor, " n"]:
     """The gate's statistic of each text in the unedited model, shortest text first, on the CPU.
 
@@ -247,11 +261,12 @@ def text_statistics(
         texts: One sequence each.
         max_length: Longest sequence, in tokens.
         batch_size: Sequences per forward pass.
+        shown_as: Name of a bar on a terminal; None for no bar.
     """
     batches = corpus_batches(tokenizer, texts, max_length, batch_size)
     found = [
         guard.statistic(model, **batch.model_inputs(), token_mask=batch.token_mask).cpu()
-        for batch in batches
+        for batch in with_bar(batches, shown_as or "", show=shown_as is not None)
     ]
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -190,3 +191,38 @@ def test_split_follows_the_hash():
 def test_bad_fractions(fractions):
     with pytest.raises(UserError, match="`fractions` must be at least 0 and sum to 1"):
         split_by_hash(["a"], fractions)
+
+
+@pytest.mark.parametrize(("num", "warned"), [(13, True), (99, True), (100, False)])
+def test_few_calibration_texts_are_warned_of(model, tokenizer, caplog, num, warned):
+    calibration = texts(num, WORDS)
+    built = build_guard(
+        model,
+        tokenizer,
+        jumprelu_sae(),
+        FORGET,
+        RETAIN,
+        calibration_texts=calibration,
+        **OPTIONS,
+    )
+    assert built.facts["calibration"]["n"] == num
+    said = [record.getMessage() for record in caplog.records if record.name == "dsg.build"]
+    assert bool(said) == warned
+    if warned:
+        assert (
+            f"comes from {num} calibration texts, of which {num / 20:.1f} are expected" in said[0]
+        )
+
+
+@pytest.mark.parametrize(("terminal", "show"), [(True, True), (True, False), (False, True)])
+def test_bars_on_a_terminal_only(model, tokenizer, capsys, monkeypatch, terminal, show):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    build_guard(model, tokenizer, jumprelu_sae(), FORGET, RETAIN, show_progress=show, **OPTIONS)
+    written = capsys.readouterr()
+    assert not written.out
+    parts = (
+        "Features on retain_selection",
+        "Features on forget_selection",
+        "Gate on retain_heldout",
+    )
+    assert [part in written.err for part in parts] == [terminal and show] * 3
