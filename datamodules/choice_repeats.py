@@ -93,7 +93,8 @@ def repeated_in_pool(
     seen: set[tuple[Pool, Identity]] = set()
     repeated: set[tuple[str, str]] = set()
     for name, rows in sets.items():
-        found = {(pools[name], identity(row)): row.key for row in rows}
+        pool = pools[name]
+        found: dict[tuple[Pool, Identity], str] = {(pool, identity(row)): row.key for row in rows}
         repeated |= {(name, key) for known, key in found.items() if known in seen}
         seen |= found.keys()
     if repeated:

@@ -147,7 +147,8 @@ def encode_passages(
 def _cut(tokenizer: Any, prompt: Prompt) -> str:
     if prompt.max_reference_tokens is None:
         return prompt.reference
-    ids = tokenizer(prompt.reference, add_special_tokens=False, verbose=False)["input_ids"]
+    # With the bos token, which counts: so the official code of MUSE cuts.
+    [ids] = encode_texts(tokenizer, [prompt.reference], None)
     return tokenizer.decode(ids[: prompt.max_reference_tokens], skip_special_tokens=True)
 
 

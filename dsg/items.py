@@ -93,7 +93,8 @@ class Prompt:
         reference: What the continuation is compared with.
         max_new_tokens: Longest continuation, in tokens.
         stop: The continuation is cut before the first of these strings.
-        max_reference_tokens: The reference is cut to as many tokens; None keeps all.
+        max_reference_tokens: The reference is cut to as many tokens, those that the tokenizer adds
+            among them; None keeps all.
         shown: As for `Question`.
         pool: As for `Question`.
         key: As for `Question`.

@@ -19,6 +19,8 @@ from dsg.metrics import bootstrap_mean
 from dsg.results import RESULTS_FILE, read_results
 
 VERBMEM, KNOWMEM_FORGET, KNOWMEM_RETAIN = "verbmem_forget", "knowmem_forget", "knowmem_retain"
+# Of the continuation, and of the true one with the bos token that the tokenizer adds: one word
+# fewer, as in the official code.
 VERBMEM_TOKENS = 128
 KNOWMEM_TOKENS = 32
 KNOWMEM_STOP = ("\n\n", "\nQuestion", "Question:")

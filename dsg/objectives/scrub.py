@@ -22,12 +22,14 @@ class SCRUB(Objective):
 
     KL_T = temperature^2 * KL(reference || model) of the distributions softmax(logits /
     temperature), per target; the NLL is per target too. Called with a step number, max and min
-    steps alternate as in the published method (there by epoch), and after `max_steps` only min
-    steps follow, which repair what the max steps broke. Called without one, both terms are added,
-    which is the objective as the paper writes it.
+    steps alternate, a max step first, and after `max_steps` only min steps follow, which repair
+    what the max steps broke. The published code alternates whole epochs instead, one over the
+    forget set before one over the retain set, and counts `msteps` in epochs. Called without a step
+    number, both terms are added, which is the objective as the paper writes it.
 
-    At the reference the KL terms and, up to rounding, their gradients are zero: the first step that
-    moves the model is a min step.
+    At the reference the KL terms are zero and their gradients are rounding errors, so that the
+    first max step has no direction. Plain SGD stays where it is; AdamW, which divides a gradient
+    by its size, takes a step of up to its learning rate all the same.
 
     The defaults are those of the DSG paper's Table 5. It fixes alpha, gamma and the temperature and
     sweeps a "beta" that it does not explain; here that is the weight of the forget term.

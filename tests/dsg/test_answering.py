@@ -54,8 +54,9 @@ def test_rouge_by_hand(model, tokenizer):
             return torch.cat([input_ids, said], dim=1)
 
     model.__class__ = Silent
+    # The first of the five tokens is bos.
     batch = prompt_collate(tokenizer)(
-        [Prompt(0, "forget", "w5", "w1 w2 w3 w4 w5 w6", 3, max_reference_tokens=4)]
+        [Prompt(0, "forget", "w5", "w1 w2 w3 w4 w5 w6", 3, max_reference_tokens=5)]
     )
     assert batch.references == ["w1 w2 w3 w4"]
     values = score_prompts(model, batch)

@@ -13,7 +13,7 @@ from tests.dsg.objectives.toys import (
     mean,
     token_batch,
 )
-from tests.helpers import BOS
+from tests.helpers import BOS, tiny_model
 
 FORGET, RETAIN = token_batch([BOS, 3, 1, 4], [BOS, 4]), token_batch([BOS, 1, 3])
 # T^2 KL of the tempered distributions, T = 2.
@@ -43,6 +43,24 @@ def test_a_min_step_by_hand():
     assert loss.retain.item() == loss.total.item()
     assert loss.forget.item() == 0.0
     assert len(model.attention_masks) == 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "least", "most"), [(torch.optim.SGD, 0.0, 1e-6), (torch.optim.AdamW, 1e-2, 1.0)]
+)
+def test_the_first_max_step_follows_rounding_errors(optimizer, least, most):
+    """How far the weights move, in learning rates: Adam's step hides how small the gradient is."""
+    model = tiny_model()
+    teacher = FrozenCopy(model)
+    weights = list(model.requires_grad_(True).parameters())
+    before = [weight.detach().clone() for weight in weights]
+    batch = token_batch([BOS, 5, 9, 4, 17, 22], [BOS, 8, 11])
+    loss = scrub()(model, batch, batch, reference=teacher, step=0).total
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    loss.backward()
+    optimizer(weights, lr=1e-3, weight_decay=0.0).step()
+    moved = max((w - b).abs().max().item() for w, b in zip(weights, before, strict=True))
+    assert least <= moved / 1e-3 <= most
 
 
 def test_without_a_step_both_terms_are_added():
