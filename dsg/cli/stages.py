@@ -5,13 +5,15 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
+from dsg.cli.time_left import TimeLeft
 from dsg.results import read_results, write_atomically
 
 DONE_FILE = "stage.json"
+_Result = TypeVar("_Result")
 
 
 class Stages:
@@ -20,14 +22,16 @@ class Stages:
     Args:
         run_dir: The run directory; stages lie under `stages/`.
         console: Where the lines go.
+        time_left: Where given, a stage is also named when it begins, with the time that is left.
 
     Attributes:
         rows: Result rows of all stages so far.
     """
 
-    def __init__(self, run_dir: Path, console: Console) -> None:
+    def __init__(self, run_dir: Path, console: Console, time_left: TimeLeft | None = None) -> None:
         self._root = run_dir / "stages"
         self._console = console
+        self._time_left = time_left
         self.rows: list[dict[str, Any]] = []
 
     def folder(self, name: str) -> Path:
@@ -50,16 +54,39 @@ class Stages:
         """
         folder = self.folder(name)
         done = folder / DONE_FILE
-        started = time.monotonic()
-        if done.is_file():
-            note = "finished earlier"
-        else:
+        seconds = None
+        if not done.is_file():
+            self._begin(title)
+            started = time.monotonic()
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             result = work(folder) or {}
             write_atomically(done, json.dumps(result, sort_keys=True))
-            note = f"{time.monotonic() - started:.0f} s"
-        self._console.print(f"[bold]{title}[/bold]  {note}", highlight=False)
+            seconds = time.monotonic() - started
+        self._end(name, title, seconds)
         if (folder / "results.jsonl").is_file():
             self.rows += read_results(folder)
         return json.loads(done.read_text(encoding="utf-8"))
+
+    def watch(self, name: str, title: str, work: Callable[[], _Result]) -> _Result:
+        """Do a piece of work that keeps its result elsewhere, and tell about it as of a stage."""
+        self._begin(title)
+        started = time.monotonic()
+        result = work()
+        self._end(name, title, time.monotonic() - started)
+        return result
+
+    def say(self, line: str) -> None:
+        """Tell what a piece of work is at."""
+        self._console.print(f"  {line} ...", highlight=False)
+
+    def _begin(self, title: str) -> None:
+        if self._time_left is not None:
+            left = self._time_left.tell()
+            self._console.print(f"{title} ... {left}".rstrip(), highlight=False)
+
+    def _end(self, name: str, title: str, seconds: float | None) -> None:
+        note = "finished earlier" if seconds is None else f"{seconds:.0f} s"
+        self._console.print(f"[bold]{title}[/bold]  {note}", highlight=False)
+        if self._time_left is not None:
+            self._time_left.finish(name, seconds)

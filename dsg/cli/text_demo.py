@@ -16,6 +16,7 @@ from dsg.cli.stages import Stages
 from dsg.cli.text_continuation import continue_passages
 from dsg.cli.text_model import Sizes, TextFiles, ensure_text_model, read_training
 from dsg.cli.text_stages import Part, TextCell, evaluate, evaluate_random, relearn, tune_guards
+from dsg.cli.time_left import TimeLeft
 from dsg.cli.trainers import Tracking
 from dsg.errors import UserError
 from dsg.report import build_report, results_table
@@ -32,6 +33,27 @@ from dsg.run_directory import run_directory
 from lightning_modules.loading import short_name
 
 SIZES = Sizes()
+# Seconds of each stage on 100,000 words to forget and 300,000 to retain and one CPU core, with one
+# round of training and five epochs of relearning.
+USUAL_SECONDS = {
+    "model": 400.0,
+    "guards": 60.0,
+    "memorised/base": 5.0,
+    "memorised/dsg": 5.0,
+    "memorised/static_clamp": 5.0,
+    "memorised/random": 15.0,
+    "unseen/base": 5.0,
+    "unseen/dsg": 5.0,
+    "unseen/static_clamp": 5.0,
+    "unseen/random": 15.0,
+    "continuation": 30.0,
+    "relearn_full/test_time": 30.0,
+    "relearn_full/train_time": 30.0,
+    "relearn_lora/test_time": 30.0,
+    "relearn_lora/train_time": 30.0,
+}
+_USUAL_EPOCHS = 5
+_OF_PRETRAINED = ("guards", "unseen", "continuation")
 # Selection reads this many texts of each kind where the model may be a thousand times larger.
 PRETRAINED_TEXTS = 300
 
@@ -57,7 +79,7 @@ def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:
             "sae": options.sae and short_name(options.sae),
         },
     }
-    stages = Stages(run_dir, console)
+    stages = Stages(run_dir, console, _time_left(options))
     known = stages.run("inputs", "files read", lambda _: facts)
     if known != facts:
         raise UserError(
@@ -67,7 +89,7 @@ def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:
     outcomes = {}
     with Tracking(run_dir, facts) as tracking:
         for seed in options.seeds:
-            cell = _cell(options, files, seed, tracking, console)
+            cell = _cell(options, files, seed, tracking, stages)
             first = seed == options.seeds[0]
             outcomes[seed] = _one_seed(stages, cell, options, run_dir if first else None)
     write_results(run_dir, stages.rows)
@@ -86,8 +108,19 @@ def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
+def _time_left(options: argparse.Namespace) -> TimeLeft:
+    usual: dict[str, float] = {}
+    for name, seconds in USUAL_SECONDS.items():
+        if name.startswith("relearn"):
+            seconds *= options.epochs / _USUAL_EPOCHS
+        if options.model is None or name.startswith(_OF_PRETRAINED):
+            usual |= {f"seed_{seed}/{name}": seconds for seed in options.seeds}
+    # How fast a pretrained model is shows only when it runs.
+    return TimeLeft(usual, trusted=60.0 if options.model is None else 0.0)
+
+
 def _cell(
-    options: argparse.Namespace, files: TextFiles, seed: int, tracking: Tracking, console: Console
+    options: argparse.Namespace, files: TextFiles, seed: int, tracking: Tracking, stages: Stages
 ) -> TextCell:
     """The model and SAE of a seed: the user's, or new ones of the user's text."""
     if options.model is not None:
@@ -104,10 +137,11 @@ def _cell(
             trained=False,
             max_texts=PRETRAINED_TEXTS,
         )
-    console.print(
-        f"[bold]seed {seed}: tokenizer, model and SAE[/bold] (cached after the first run)"
+    folder = stages.watch(
+        f"seed_{seed}/model",
+        f"seed {seed}: tokenizer, model and SAE (cached after the first run)",
+        lambda: ensure_text_model(files, seed, SIZES, say=stages.say),
     )
-    folder = ensure_text_model(files, seed, SIZES)
     return TextCell(
         files,
         seed,

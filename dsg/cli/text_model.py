@@ -1,6 +1,7 @@
 """A small model of the user's text and its SAE: trained on first use, then cached."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ class TextFiles:
 
 
 def ensure_text_model(
-    files: TextFiles, seed: int, sizes: Sizes, show_progress: bool = True
+    files: TextFiles,
+    seed: int,
+    sizes: Sizes,
+    show_progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Folder with `model/` (model and tokenizer), `sae/` and `training.json` for these files.
 
@@ -50,6 +55,7 @@ def ensure_text_model(
         seed: Of the training.
         sizes: Model and training.
         show_progress: Show bars while training.
+        say: Told what begins.
     """
     import datamodules.pretraining
     import datamodules.text_files
@@ -79,7 +85,8 @@ def ensure_text_model(
     sources = [Path(str(module.__file__)) for module in modules]
     key = content_key(configuration, [*sources, Path(__file__)])
     return cached_folder(
-        f"text-{seed}-{key}", lambda folder: _build(folder, files, seed, sizes, show_progress)
+        f"text-{seed}-{key}",
+        lambda folder: _build(folder, files, seed, sizes, show_progress, say),
     )
 
 
@@ -88,13 +95,21 @@ def read_training(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
 
 
-def _build(folder: Path, files: TextFiles, seed: int, sizes: Sizes, show_progress: bool) -> None:
+def _build(
+    folder: Path,
+    files: TextFiles,
+    seed: int,
+    sizes: Sizes,
+    show_progress: bool,
+    say: Callable[[str], None],
+) -> None:
     from datamodules import TextFilesData
     from dsg.continuation import is_measurable
 
     rounds: list[dict[str, Any]] = []
     measurable = False
     while not measurable and len(rounds) < sizes.max_rounds:
+        say(f"training, round {len(rounds) + 1} of at most {sizes.max_rounds}")
         _train_round(folder, files, seed, sizes, show_progress, first=not rounds)
         data = TextFilesData(str(folder / MODEL_FOLDER), files.forget, files.retain)
         data.setup("validate")
@@ -102,6 +117,7 @@ def _build(folder: Path, files: TextFiles, seed: int, sizes: Sizes, show_progres
         measurable = is_measurable(rouge["memorised"], rouge["unseen"])
         rounds.append({name: values.mean().item() for name, values in rouge.items()})
     (folder / TRAINING_FILE).write_text(json.dumps(rounds), encoding="utf-8")
+    say("SAE")
     _train_sae(folder, data, seed, sizes)
 
 

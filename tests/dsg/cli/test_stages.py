@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from dsg.cli.stages import Stages
+from dsg.cli.time_left import TimeLeft
 from dsg.results import row, write_results
 
 
@@ -54,3 +55,21 @@ def test_a_stage_without_result_gives_an_empty_one(tmp_path, console):
     stages = Stages(tmp_path, console)
     assert stages.run("quiet", "nothing", lambda _: None) == {}
     assert json.loads((stages.folder("quiet") / "stage.json").read_text()) == {}
+
+
+def test_a_stage_is_named_when_it_begins(tmp_path, console):
+    usual = {"one": 60.0, "two": 120.0}
+    seen = []
+
+    def work(_):
+        seen.append(console.file.getvalue())
+
+    for _ in range(2):
+        stages = Stages(tmp_path, console, TimeLeft(usual, trusted=1e9))
+        stages.run("one", "first", work)
+        assert stages.watch("two", "second", lambda: work(None) or 7) == 7
+    assert seen[0] == "first ... about 3 min left\n"
+    assert seen[1].endswith("second ... about 2 min left\n")
+    # What is finished is not begun again.
+    assert seen[2].count("first ... ") == 1
+    assert "first  finished earlier" in seen[2]

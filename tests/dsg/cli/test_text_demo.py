@@ -122,6 +122,13 @@ def test_what_else_the_run_leaves(folder):
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_the_time_left_is_that_of_all_stages(folder):
+    done = (folder / "run" / "stages").rglob("stage.json")
+    ran = {path.parent.relative_to(folder / "run" / "stages").as_posix() for path in done}
+    known = {f"seed_0/{name}" for name in text_demo.USUAL_SECONDS}
+    assert known == ran - {"inputs"} | {"seed_0/model"}
+
+
 def test_training_stops_after_its_rounds(folder):
     files = TextFiles([folder / "forget.txt"], [folder / "retain.txt"])
     cached = ensure_text_model(files, 0, TINY, show_progress=False)
@@ -154,6 +161,7 @@ def test_resume_keeps_stages_and_says_what_cannot_be_measured(folder, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "verbatim continuation is not measurable: ROUGE-L" in said
     assert "finished earlier" in said
+    assert "seed 0: verbatim continuation ... " in said
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert measured(run, metric="rouge_l") == []
     others = [row for row in read_results(folder / "run") if row["metric"] != "rouge_l"]
