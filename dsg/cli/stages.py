@@ -54,7 +54,7 @@ class Stages:
         """
         folder = self.folder(name)
         done = folder / DONE_FILE
-        seconds = None
+        seconds, note = None, "finished earlier"
         if not done.is_file():
             self._begin(title)
             started = time.monotonic()
@@ -63,7 +63,10 @@ class Stages:
             result = work(folder) or {}
             write_atomically(done, json.dumps(result, sort_keys=True))
             seconds = time.monotonic() - started
-        self._end(name, title, seconds)
+            note = f"{seconds:.0f} s"
+        self._end(title, note)
+        if self._time_left is not None:
+            self._time_left.finish(name, seconds)
         if (folder / "results.jsonl").is_file():
             self.rows += read_results(folder)
         return json.loads(done.read_text(encoding="utf-8"))
@@ -73,7 +76,10 @@ class Stages:
         self._begin(title)
         started = time.monotonic()
         result = work()
-        self._end(name, title, time.monotonic() - started)
+        self._end(title, f"{time.monotonic() - started:.0f} s")
+        if self._time_left is not None:
+            # What was found in a cache tells nothing of this machine.
+            self._time_left.finish(name, None)
         return result
 
     def say(self, line: str) -> None:
@@ -85,8 +91,5 @@ class Stages:
             left = self._time_left.tell()
             self._console.print(f"{title} ... {left}".rstrip(), highlight=False)
 
-    def _end(self, name: str, title: str, seconds: float | None) -> None:
-        note = "finished earlier" if seconds is None else f"{seconds:.0f} s"
+    def _end(self, title: str, note: str) -> None:
         self._console.print(f"[bold]{title}[/bold]  {note}", highlight=False)
-        if self._time_left is not None:
-            self._time_left.finish(name, seconds)

@@ -33,24 +33,24 @@ from dsg.run_directory import run_directory
 from lightning_modules.loading import short_name
 
 SIZES = Sizes()
-# Seconds of each stage on 100,000 words to forget and 300,000 to retain and one CPU core, with one
-# round of training and five epochs of relearning.
+# Processor seconds of each stage on 100,000 words to forget and 300,000 to retain, with two rounds
+# of training and five epochs of relearning.
 USUAL_SECONDS = {
-    "model": 400.0,
-    "guards": 60.0,
-    "memorised/base": 5.0,
-    "memorised/dsg": 5.0,
-    "memorised/static_clamp": 5.0,
-    "memorised/random": 15.0,
-    "unseen/base": 5.0,
-    "unseen/dsg": 5.0,
-    "unseen/static_clamp": 5.0,
-    "unseen/random": 15.0,
-    "continuation": 30.0,
-    "relearn_full/test_time": 30.0,
-    "relearn_full/train_time": 30.0,
-    "relearn_lora/test_time": 30.0,
-    "relearn_lora/train_time": 30.0,
+    "model": 600.0,
+    "guards": 46.0,
+    "memorised/base": 1.5,
+    "memorised/dsg": 2.0,
+    "memorised/static_clamp": 2.5,
+    "memorised/random": 5.0,
+    "unseen/base": 1.5,
+    "unseen/dsg": 2.0,
+    "unseen/static_clamp": 2.5,
+    "unseen/random": 5.0,
+    "continuation": 7.5,
+    "relearn_full/test_time": 26.0,
+    "relearn_full/train_time": 26.0,
+    "relearn_lora/test_time": 31.0,
+    "relearn_lora/train_time": 31.0,
 }
 _USUAL_EPOCHS = 5
 _OF_PRETRAINED = ("guards", "unseen", "continuation")
