@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,11 +15,8 @@ from dsg.following import Follower
 from dsg.generation import Methods, guarded_methods
 from dsg.hooks import check_width, decoder_of, resolve_hook_point, unwrap
 from dsg.identity import num_embeddings
-from dsg.panel import Panel, Policy
+from dsg.panel import GuardLike, Panel, Policy
 from dsg.wiring import Wiring, hook_removed
-
-if TYPE_CHECKING:
-    from dsg.guard import Guard
 
 DecisionRule = Literal["sequence", "prompt"]
 Continuation = Literal["running", "frozen"]
@@ -29,7 +26,7 @@ _attaching = threading.RLock()
 
 
 def attach(
-    guards: Sequence["Guard"],
+    guards: Sequence[GuardLike],
     model: nn.Module,
     decision: DecisionRule = "sequence",
     continuation: Continuation = "running",
@@ -86,7 +83,7 @@ class Attachment:
 
     def __init__(
         self,
-        guards: Sequence["Guard"],
+        guards: Sequence[GuardLike],
         model: nn.Module,
         decision: DecisionRule,
         continuation: Continuation,

@@ -1,7 +1,7 @@
 """Following the forward passes of a guarded model, hook by hook."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
+from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import nn
@@ -10,12 +10,8 @@ from dsg.calls import Calls
 from dsg.errors import UserError
 from dsg.hooks import hidden_states, is_reading
 from dsg.inputs import ForwardInputs, argument, pop_masks
-from dsg.panel import ForwardPass, Panel
+from dsg.panel import ForwardPass, GuardLike, Panel
 from dsg.running import CacheMemory, past_length
-
-if TYPE_CHECKING:
-    from dsg.guard import Guard
-
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -42,7 +38,7 @@ class Follower:
 
     def __init__(
         self,
-        guards: Sequence["Guard"],
+        guards: Sequence[GuardLike],
         panel: Panel,
         calls: Calls,
         models: Sequence[nn.Module],

@@ -16,13 +16,15 @@ from dsg.edit import ClampScope, Edit
 from dsg.errors import UserError, check_choice
 from dsg.features import DeviceOnlyModule, Features, check_finite
 from dsg.gate import Evidence, GateKind, decide, fired_tokens, make_gate
-from dsg.guard_values import check_kinds, check_numbers, describe
+from dsg.guard_values import check_kinds, check_numbers
 from dsg.hooks import check_width, read_activations
 from dsg.identity import ModelIdentity
 from dsg.steering_csv import read_steering_csv, write_steering_csv
 from dsg.tokens import TokenBatch, count_mask
 
 ClampUnit = Literal["activation", "residual_norm"]
+
+_SHOWN_IDS = 8
 
 
 class Guard(DeviceOnlyModule):
@@ -119,8 +121,21 @@ class Guard(DeviceOnlyModule):
         )
 
     def __repr__(self) -> str:
-        """Features, hook point, gate, threshold and edit in one line."""
-        return describe(self)
+        ids = self.feature_ids
+        shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + ", ..." * (len(ids) > _SHOWN_IDS)
+        gate = "no gate" if self.gate == "token" else f"gate {self.gate}"
+        if self.gate == "window":
+            gate += f" of {self.window_size} tokens"
+        if self.gate == "cusum":
+            gate += f" with leak {self.leak:.4g}"
+        if self.gate != "token":
+            gate += f" > {self.threshold:.4g}"
+        unit = " residual norms" if self.clamp_unit == "residual_norm" else ""
+        written = f"{self.clamp_scope} to {self.clamp_value:g}{unit}"
+        if self.refusal_id is not None:
+            written = f"feature {self.refusal_id} to {self.clamp_value:g}{unit}"
+        features = f"{len(ids)} features [{shown}] at {self.hook_point}"
+        return f"Guard({features}, {gate}, {self.edit} {written})"
 
     @property
     def feature_ids(self) -> list[int]:
@@ -236,7 +251,12 @@ class Guard(DeviceOnlyModule):
         return cls(features, model=ModelIdentity.read(model), **settings)
 
     to_steering_csv = write_steering_csv
-    from_steering_csv = staticmethod(read_steering_csv)
+
+    @classmethod
+    def from_steering_csv(cls, path: str | Path, sae: Any = None, **options: Any) -> "Guard":
+        """The guard that a steering CSV describes; see `dsg.steering_csv.read_steering_csv`."""
+        features, settings = read_steering_csv(path, sae, **options)
+        return cls(features, **settings)
 
     def _read(
         self,

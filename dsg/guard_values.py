@@ -1,15 +1,10 @@
-"""The settings of a guard: whether they make sense, and how they read in one line."""
+"""The settings of a guard: whether they make sense."""
 
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsg.errors import UserError
-
-if TYPE_CHECKING:
-    from dsg.guard import Guard
-
-_SHOWN_IDS = 8
 
 
 def check_kinds(
@@ -68,25 +63,6 @@ def check_numbers(
             f"`residual_norm` must be finite and above 0, got {residual_norm!r}; measure it on "
             "text."
         )
-
-
-def describe(guard: "Guard") -> str:
-    """A guard in one line: features, hook point, gate, threshold and edit."""
-    ids = guard.feature_ids
-    shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + ", ..." * (len(ids) > _SHOWN_IDS)
-    gate = "no gate" if guard.gate == "token" else f"gate {guard.gate}"
-    if guard.gate == "window":
-        gate += f" of {guard.window_size} tokens"
-    if guard.gate == "cusum":
-        gate += f" with leak {guard.leak:.4g}"
-    if guard.gate != "token":
-        gate += f" > {guard.threshold:.4g}"
-    unit = " residual norms" if guard.clamp_unit == "residual_norm" else ""
-    written = f"{guard.clamp_scope} to {guard.clamp_value:g}{unit}"
-    if guard.refusal_id is not None:
-        written = f"feature {guard.refusal_id} to {guard.clamp_value:g}{unit}"
-    features = f"{len(ids)} features [{shown}] at {guard.hook_point}"
-    return f"Guard({features}, {gate}, {guard.edit} {written})"
 
 
 def _is_number(value: Any) -> bool:

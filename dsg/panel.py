@@ -2,21 +2,48 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dsg.edit import Clamp, apply_clamps, clamp_entries, refusal_entries
+from dsg.edit import Clamp, ClampScope, Edit, apply_clamps, clamp_entries, refusal_entries
 from dsg.errors import UserError
-from dsg.features import check_finite
-from dsg.gate import Evidence, decide, fired_tokens
-
-if TYPE_CHECKING:
-    from dsg.guard import Guard
+from dsg.features import Features, check_finite
+from dsg.gate import Evidence, Gate, decide, fired_tokens
+from dsg.identity import ModelIdentity
 
 Policy = Literal["own", "any", "majority"]
+
+
+class GuardLike(Protocol):
+    """What a model at work asks of a guard; see `dsg.guard.Guard`."""
+
+    features: Features
+    rule: Gate
+    hook_point: str
+    pad_id: int | None
+    edit: Edit
+    clamp_scope: ClampScope
+    clamp_unit: str
+    trigger_limit: float
+    model: ModelIdentity | None
+
+    @property
+    def num_selected(self) -> int:
+        """Number of selected features, on which the gate looks."""
+        ...
+
+    @property
+    def written_value(self) -> float:
+        """What the edit writes."""
+        ...
+
+    @property
+    def uncounted_ids(self) -> list[int]:
+        """Token ids that never count."""
+        ...
 
 
 @dataclass
@@ -65,7 +92,7 @@ class Panel:
 
     def __init__(
         self,
-        guards: Sequence["Guard"],
+        guards: Sequence[GuardLike],
         layers: Sequence[nn.Module],
         policy: Policy,
         *,
@@ -163,7 +190,7 @@ class Panel:
         return num_open > (0 if self._policy == "any" else len(votes) / 2)
 
 
-def check_same_sae(older: "Guard", younger: "Guard") -> None:
+def check_same_sae(older: GuardLike, younger: GuardLike) -> None:
     """Refuses two guards of one hook point that come from different SAEs.
 
     Raises:

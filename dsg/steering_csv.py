@@ -18,21 +18,20 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dsg.csv_table import Table, read_table
 from dsg.errors import UserError
+from dsg.features import Features
 from dsg.results import write_atomically
 from dsg.sae import describe_sae, load_sae, slice_features
 from dsg.tokens import uncounted_token_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from dsg.guard import Guard
 
 _SHARED_COLUMNS = ("steering_coefficient", "sae_id", "sae_release", "description")
 _REFUSAL_COLUMNS = ("refuse_id", "clamp_value")
@@ -48,7 +47,37 @@ _HARNESS_NAMES = {
 _HARNESS_LAYER = re.compile(r"(?:layers|h)\.(\d+)")
 
 
-def write_steering_csv(guard: "Guard", path: str | Path, drop_gate: bool = False) -> Path:
+class Written(Protocol):
+    """What a steering CSV can tell of a guard; see `dsg.guard.Guard`."""
+
+    gate: str
+    edit: str
+    clamp_scope: str
+    trigger_limit: float
+    facts: dict[str, Any]
+
+    @property
+    def feature_ids(self) -> list[int]:
+        """Ids of the selected features."""
+        ...
+
+    @property
+    def refusal_id(self) -> int | None:
+        """Id of the feature that the edit `refusal` writes."""
+        ...
+
+    @property
+    def num_selected(self) -> int:
+        """Number of selected features."""
+        ...
+
+    @property
+    def activation_value(self) -> float:
+        """What is written, in activation units."""
+        ...
+
+
+def write_steering_csv(guard: Written, path: str | Path, drop_gate: bool = False) -> Path:
     """Writes the guard in the columns of "Don't Forget It!", in one atomic step.
 
     One row per selected feature, in activation units. An SAE that came from a folder has the folder
@@ -110,8 +139,8 @@ def read_steering_csv(
     tokenizer: PreTrainedTokenizerBase,
     hook_point: str | None = None,
     reinterpret: bool = False,
-) -> "Guard":
-    """Makes the guard that a steering CSV describes, with the gate `token`, on the CPU.
+) -> tuple[Features, dict[str, Any]]:
+    """The guard that a steering CSV describes, with the gate `token`.
 
     Special tokens stay uncounted, as in every guard; `guard.replace(uncounted_ids=[])` edits them
     as the harness does.
@@ -124,13 +153,13 @@ def read_steering_csv(
         reinterpret: Read the harness's `clamp` as a guard's clamp, which is another edit: where a
             feature is active, its activation becomes the coefficient.
 
+    Returns:
+        The features on the CPU, and the further arguments of `Guard`.
+
     Raises:
         UserError: If the file is unreadable or incomplete, its rows disagree, their action is no
             guard's, or a feature is not in the SAE.
     """
-    # Guard has this function as a method.
-    from dsg.guard import Guard
-
     table = _open(Path(path))
     refusal = _action(table, reinterpret=reinterpret) == "clamp_refusal"
     ids, limit = table.integers("latent_idx"), 0.0
@@ -151,22 +180,21 @@ def read_steering_csv(
             "pass for example 'blocks.7.hook_resid_post'."
         )
     pad_id = tokenizer.pad_token_id
-    return Guard(
-        slice_features(sae, ids).on(torch.device("cpu")),
-        hook_point=hook_point,
-        uncounted_ids=uncounted_token_ids(tokenizer),
-        pad_id=pad_id if isinstance(pad_id, int) else None,
-        threshold=0.0,
-        clamp_value=value,
-        clamp_scope="active",
-        gate="token",
-        edit="refusal" if refusal else "clamp",
-        trigger_limit=limit,
-        facts={
+    return slice_features(sae, ids).on(torch.device("cpu")), {
+        "hook_point": hook_point,
+        "uncounted_ids": uncounted_token_ids(tokenizer),
+        "pad_id": pad_id if isinstance(pad_id, int) else None,
+        "threshold": 0.0,
+        "clamp_value": value,
+        "clamp_scope": "active",
+        "gate": "token",
+        "edit": "refusal" if refusal else "clamp",
+        "trigger_limit": limit,
+        "facts": {
             "sae": describe_sae(sae),
             "steering_csv": {"sae": name, "descriptions": descriptions},
         },
-    )
+    }
 
 
 def _open(path: Path) -> Table:
@@ -214,7 +242,7 @@ def _load(table: Table, release: str, sae_id: str) -> "SAE[Any]":
     return load_sae(release, sae_id or None)
 
 
-def _sae_name(guard: "Guard") -> tuple[str, str]:
+def _sae_name(guard: Written) -> tuple[str, str]:
     """Release and id of the guard's SAE; the id is empty for a folder."""
     facts = guard.facts
     name = facts.get("steering_csv", {}).get("sae") or facts.get("sae", {}).get("loaded_from")
