@@ -38,7 +38,11 @@ def selection_loader(data: GuardTexts) -> DataLoader:
             "the task 'select' needs a module that makes a guard, got "
             f"{type(data.trainer.lightning_module).__name__}; use SelectionModule."
         )
-    texts = guard_texts(data, near=settings.method == "dsg_near")
+    texts = guard_texts(
+        data,
+        near=settings.method == "dsg_near",
+        forget=settings.parts().selection != "ids",
+    )
     check_texts(texts)
     pad_id, uncounted_ids = padding_id(data.tokenizer), uncounted_token_ids(data.tokenizer)
 

@@ -1,7 +1,7 @@
 """The one exception type that the command line turns into a single sentence, and common checks."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 MAX_SEED = 2**32 - 1  # NumPy's largest
@@ -12,6 +12,19 @@ class UserError(ValueError):
 
     The message is one sentence: what was given, what was wanted, what came, and the remedy.
     """
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it, each once: a library may have closed the chain to a ring.
+
+    Args:
+        error: What was raised in the end.
+    """
+    seen: list[BaseException] = []
+    while error is not None and not any(error is known for known in seen):
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

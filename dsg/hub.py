@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from dsg.errors import UserError
+from dsg.errors import UserError, chain
+from dsg.reading import check_file
 from dsg.row_files import ROW_FILES, read_rows
 
 Kind = Literal["data set", "model", "SAE"]
@@ -48,6 +49,7 @@ def load_rows(dataset: str, config: str | None, split: str) -> list[dict[str, An
         UserError: There is no such data set, configuration or split, it may not be read, or a line
             of a file is broken.
     """
+    check_dataset(dataset)
     path = Path(dataset)
     if path.is_file() or path.suffix.lower() in ROW_FILES:
         return read_rows(path)
@@ -59,6 +61,23 @@ def load_rows(dataset: str, config: str | None, split: str) -> list[dict[str, An
                 f"`split` of {dataset!r} must be one of {sorted(builder.info.splits)}, got "
                 f"{split!r}; choose one."
             ) from None
+
+
+def check_dataset(dataset: str) -> None:
+    """Refuses a path that leads to nothing which could be read; hub names are not looked up.
+
+    Raises:
+        UserError: It is one.
+    """
+    name, _ = parse_name(dataset)
+    path = Path(name)
+    if path.is_file() or path.suffix.lower() in ROW_FILES:
+        check_file(path)
+    elif looks_local(name) and not path.is_dir():
+        raise UserError(
+            f"the data set {name!r} must be a hub name, a folder in the hub's layout, or a file "
+            f"({', '.join(ROW_FILES)}), got neither; check the path."
+        )
 
 
 def dataset_revision(dataset: str, config: str | None) -> str | None:
@@ -126,12 +145,27 @@ def load_pretrained(
         UserError: There is no such thing, or the hub refuses it.
     """
     name, revision = parse_name(model_name)
+    check_folder("model_name", name, wanted)
     try:
         return load(name, revision=revision or "main", trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         if not looks_local(name):
             raise hub_error("model_name", "model", model_name, error) from error
         raise no_model(given or model_name, error, wanted) from error
+
+
+def check_folder(argument: str, name: str, wanted: str = "") -> None:
+    """Refuses a path that is no folder where a folder or a hub name is wanted.
+
+    Raises:
+        UserError: It is one.
+    """
+    if looks_local(name) and not Path(name).is_dir():
+        found = "a file" if Path(name).exists() else "no such folder"
+        raise UserError(
+            f"`{argument}` must be a Hugging Face folder or hub name{wanted}, got {name!r} "
+            f"({found}); check the spelling and that you may read it."
+        )
 
 
 def no_model(model_name: str, error: BaseException, wanted: str = "") -> UserError:
@@ -148,7 +182,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def _meaning(error: BaseException, revision: str | None) -> str | None:
-    said = " ".join(f"{type(each).__name__}: {each}" for each in _chain(error))
+    said = " ".join(f"{type(each).__name__}: {each}" for each in chain(error))
     meanings = {
         ("GatedRepoError", "gated repo", "gated dataset"): "it is gated",
         ("OfflineMode", "offline mode", "HF_HUB_OFFLINE"): (
@@ -177,15 +211,6 @@ def first_line(error: BaseException) -> str:
     return line.replace(token, "...") if token else line
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in seen:
-        seen.append(following)
-        yield following
-        following = following.__cause__ or following.__context__
-
-
 @contextlib.contextmanager
 def _built(dataset: str, config: str | None) -> Iterator[Any]:
     """The builder of a data set, which has read its files."""
@@ -193,11 +218,6 @@ def _built(dataset: str, config: str | None) -> Iterator[Any]:
     import datasets
 
     name, revision = parse_name(dataset)
-    if looks_local(name) and not Path(name).is_dir():
-        raise UserError(
-            f"the data set {name!r} must be a hub name, a folder in the hub's layout, or a file "
-            f"({', '.join(ROW_FILES)}), got neither; check the path."
-        )
     with contextlib.ExitStack() as stack:
         cache, is_folder = None, Path(name).is_dir()
         if is_folder:

@@ -3,12 +3,33 @@
 A pipe would be waited for and a device read for ever; both are refused before they are opened.
 """
 
+import errno
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
+
+
+def check_file(path: str | Path) -> None:
+    """Refuses what is no regular file.
+
+    Raises:
+        UserError: It is missing or of another kind.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if stat.S_ISDIR(mode):
+        raise _unreadable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if not stat.S_ISREG(mode):
+        raise UserError(
+            f"{str(path)!r} cannot be read (it is a pipe, a socket or a device); save its "
+            "content in a file and name that."
+        )
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -17,18 +38,11 @@ def read_bytes(path: str | Path) -> bytes:
     Raises:
         UserError: It is missing, no regular file, or may not be read.
     """
+    check_file(path)
     try:
-        mode = Path(path).stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise UserError(
-                f"{str(path)!r} cannot be read (it is a pipe, a socket or a device); save its "
-                "content in a file and name that."
-            )
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{str(path)!r} cannot be read ({reason(error)}); check its name."
-        ) from None
+        raise _unreadable(path, error) from None
 
 
 def read_text(path: str | Path) -> str:
@@ -109,6 +123,10 @@ def parse_json(text: str, place: str, remedy: str = "mend or delete it") -> Any:
             f"{place} is not JSON that can be read (nested too deeply, or a number too long); "
             f"{remedy}."
         ) from None
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{str(path)!r} cannot be read ({reason(error)}); check its name.")
 
 
 def reason(error: Exception) -> str:

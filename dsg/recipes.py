@@ -1,13 +1,15 @@
 """DSG and its relatives as settings of one guard: other parts, no other code path."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from dsg.edit import ClampScope, Edit
-from dsg.errors import UserError, check_choice
+from dsg.errors import UserError, check_choice, check_each_once
 from dsg.gate import GateKind
 from dsg.guard import ClampUnit
 from dsg.selection import (
@@ -30,6 +32,7 @@ Method = Literal[
     "refusal_clamp",
     "random",
 ]
+_LARGEST = sys.float_info.max
 SelectionRule = Literal["fisher_ratio", "frequency", "ids", "random"]
 
 
@@ -65,7 +68,11 @@ RECIPES: dict[Method, Parts] = {
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """Which guard to make and from what."""
+    """Which guard to make and from what.
+
+    Raises:
+        UserError: A value is out of range, or contradicts another one.
+    """
 
     hook_point: str
     """Where the SAE reads and the guard edits, such as `blocks.2.hook_resid_post`."""
@@ -124,6 +131,13 @@ class GuardSettings:
     artifact: str | None = None
     """Folder of a saved guard, which is then used as it is."""
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def saved_in(self, folder: str | Path) -> "GuardSettings":
+        """The guard that was saved in a folder, made with the same SAE."""
+        return GuardSettings(self.hook_point, self.sae, self.sae_id, artifact=str(folder))
+
     def parts(self) -> Parts:
         """The method's parts, but for those that are given.
 
@@ -137,6 +151,62 @@ class GuardSettings:
             self.gate or recipe.gate,
             self.edit or recipe.edit,
             self.clamp_scope or recipe.clamp_scope,
+        )
+
+
+def check_settings(settings: GuardSettings) -> None:
+    """Refuses what no guard can be made with, before a model is loaded.
+
+    Raises:
+        UserError: A value is out of range, or would be ignored.
+    """
+    parts = settings.parts()
+    _check_ranges(settings)
+    for name, owner, used in (
+        ("feature_ids", "selection 'ids'", parts.selection == "ids"),
+        ("refusal_id", "edit 'refusal'", parts.edit == "refusal"),
+    ):
+        if getattr(settings, name) is not None and not used:
+            raise UserError(
+                f"`{name}` must be left out but for the {owner}, got {getattr(settings, name)}; "
+                "remove it, or set the other."
+            )
+    if parts.selection == "ids" and settings.artifact is None:
+        ids = settings.feature_ids
+        if ids is None:
+            raise UserError("`feature_ids` must be given for the selection 'ids', got None.")
+        check_each_once("feature_ids", ids)
+    threshold = settings.threshold
+    gates = ("density", "window")
+    if threshold is not None and (parts.gate not in gates or not 0.0 <= threshold <= 1.0):
+        raise UserError(
+            "`threshold` must be in [0, 1] and its gate `density` or `window`, got "
+            f"{threshold} and {parts.gate!r}; leave it out to measure it on retain text."
+        )
+
+
+def _check_ranges(settings: GuardSettings) -> None:
+    inf = float("inf")
+    ranges: dict[str, tuple[float, float, str]] = {
+        "num_features": (1, inf, "at least 1"),
+        "ratio_percentile": (0, 100, "in [0, 100]"),
+        "threshold_percentile": (0, 100, "in [0, 100]"),
+        "max_retain_frequency": (0, 1, "in [0, 1]"),
+        "clamp_value": (-_LARGEST, _LARGEST, "finite"),
+        "trigger_limit": (0, _LARGEST, "finite and at least 0"),
+        "window_size": (1, inf, "at least 1"),
+        "draw": (0, inf, "at least 0"),
+        "refusal_id": (0, inf, "at least 0"),
+        "max_length": (1, inf, "at least 1"),
+        "batch_size": (1, inf, "at least 1"),
+    }
+    for name, (low, high, wanted) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"`{name}` must be {wanted}, got {value}; change it.")
+    if any(feature < 0 for feature in settings.feature_ids or ()):
+        raise UserError(
+            f"`feature_ids` must be at least 0, got {settings.feature_ids}; correct the list."
         )
 
 

@@ -17,6 +17,7 @@ from dsg.hub import hub_error, is_refusal, parse_name
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+_CONFIG_FILE = "cfg.json"
 _GEMMA_SCOPE_FILE = "params.npz"
 _GEMMA_SCOPE_KEYS = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
 _SLICED = ("standard", "jumprelu", "gated")
@@ -121,12 +122,8 @@ def load_sae(release_or_path: str, sae_id: str | None = None, device: str = "cpu
     Raises:
         UserError: If the folder holds no SAE, or the release cannot be loaded.
     """
+    check_sae_name(release_or_path, sae_id)
     folder = Path(release_or_path)
-    if sae_id is None and not folder.is_dir():
-        raise UserError(
-            "`release_or_path` must be a folder that holds an SAE, or a release given together "
-            f"with `sae_id`, got {release_or_path!r} alone; pass both or correct the path."
-        )
     # SAELens takes seconds to import, and loading a guard needs none of it.
     from sae_lens import SAE
 
@@ -153,6 +150,35 @@ def load_sae(release_or_path: str, sae_id: str | None = None, device: str = "cpu
         ) from error
     sae.cfg.metadata.loaded_from = [release_or_path, sae_id]
     return sae if sae.dtype in (torch.float32, torch.float64) else sae.to(dtype=torch.float32)
+
+
+def check_sae_name(release_or_path: str, sae_id: str | None) -> None:
+    """Refuses a name that can lead to no SAE, without looking it up.
+
+    Args:
+        release_or_path: As for `load_sae`.
+        sae_id: As for `load_sae`.
+
+    Raises:
+        UserError: It is one.
+    """
+    folder = Path(release_or_path)
+    if sae_id is None and not folder.is_dir():
+        raise UserError(
+            "`release_or_path` must be a folder that holds an SAE, or a release given together "
+            f"with `sae_id`, got {release_or_path!r} alone; pass both or correct the path."
+        )
+    files = (_CONFIG_FILE, _GEMMA_SCOPE_FILE)
+    if sae_id is None and not any((folder / name).is_file() for name in files):
+        raise UserError(
+            f"`load_sae` found no loadable SAE at {release_or_path!r}; name the folder that holds "
+            f"{' or '.join(files)}."
+        )
+    if sae_id is not None and any((folder / name).is_file() for name in files):
+        raise UserError(
+            f"`sae_id` must be left out for an SAE's folder, got {sae_id!r} beside "
+            f"{release_or_path!r}; remove it."
+        )
 
 
 def _load_folder(folder: Path, device: str) -> "SAE[Any]":

@@ -1,6 +1,5 @@
 """Choosing the features that carry what is to be forgotten."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +8,6 @@ import numpy as np
 from dsg.errors import UserError
 from dsg.features import check_feature_ids
 from dsg.statistics import FeatureStatistics, Importance
-
-logger = logging.getLogger(__name__)
 
 # Keeps the ratio finite for features that never fire on retain text (released code's constant).
 _EPSILON = 1e-21
@@ -186,8 +183,6 @@ def _take(
             "the selection must leave at least one feature, got none; lower `ratio_percentile`, "
             "raise `max_retain_frequency`, or check that the forget text activates the SAE."
         )
-    if len(ids) < num_features:
-        logger.warning("only %d of %d features passed the selection", len(ids), num_features)
     return Selection(tuple(ids.tolist()), tuple(scores[ids].tolist()), tuple(ratios[ids].tolist()))
 
 

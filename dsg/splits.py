@@ -66,21 +66,35 @@ class TextSource(Protocol):
         ...
 
 
-def guard_texts(source: TextSource, *, near: bool) -> dict[str, Sequence[str]]:
+def guard_texts(source: TextSource, *, near: bool, forget: bool = True) -> dict[str, Sequence[str]]:
     """All texts of a guard by their purpose; a quarter of the forget texts is held out.
 
     Args:
         source: Where they come from.
         near: Whether the near domain and other hazards calibrate as well.
+        forget: Whether forget texts select features.
+
+    Raises:
+        UserError: A purpose that a guard needs text for got none.
     """
     forget_selection, forget_heldout = split_by_hash(source.forget_texts(), FORGET_FRACTIONS)
-    return {
+    parts: dict[str, Sequence[str]] = {
         "forget_selection": forget_selection,
         "retain_selection": source.retain_texts(),
         "retain_calibration": source.calibration_texts(near),
         "retain_heldout": source.heldout_texts(),
         "forget_heldout": forget_heldout,
     }
+    needed = ("forget_selection",) * forget + ("retain_selection", "retain_calibration")
+    for name in needed:
+        if not parts[name]:
+            kind = name.split("_")[0]
+            num = sum(len(texts) for part, texts in parts.items() if part.startswith(kind))
+            raise UserError(
+                f"the split {name!r} must hold at least one text, got none of {num} {kind} texts "
+                f"(their hashes deal them out); give more {kind} texts."
+            )
+    return parts
 
 
 def check_texts(splits: Mapping[str, Sequence[str]]) -> None:

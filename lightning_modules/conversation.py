@@ -35,7 +35,7 @@ from dsg.per_sample import PerSample
 from dsg.recipes import GuardSettings
 from dsg.results import read_run_facts, row, write_atomically, write_results, write_run_facts
 from dsg.scoring import AnyGuard, Values
-from lightning_modules.guards import describe, make_guard
+from lightning_modules.guards import describe, make_guard, method_of
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels, metric_key
 from lightning_modules.precision import use_precision
@@ -84,7 +84,7 @@ class ConversationModule(lightning.LightningModule):
         self.guard_settings = guard
         self.judge_settings = judge
         self.max_new_tokens = max_new_tokens
-        self.method = method or (guard.method if guard else "base")
+        self.method = method or ""
         self.experiment = experiment
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
@@ -106,6 +106,7 @@ class ConversationModule(lightning.LightningModule):
         self.model = load_model(self.model_name)
         if self.guard_settings is not None:
             self.guard = make_guard(self.guard_settings, self.model, self.trainer)
+        self.method = self.method or method_of(self.guard)
 
     def on_test_start(self) -> None:
         """Begin, if there is room for both answers of every conversation."""

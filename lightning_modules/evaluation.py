@@ -5,11 +5,12 @@ from typing import Literal
 import lightning
 from transformers import PreTrainedModel
 
+from dsg.errors import UserError
 from dsg.guard import Guard
 from dsg.items import AnyBatch
 from dsg.recipes import GuardSettings
 from dsg.results import read_run_facts, write_run_facts
-from lightning_modules.guards import describe, make_guard
+from lightning_modules.guards import describe, make_guard, method_of
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels, Measurer
 from lightning_modules.precision import use_precision
@@ -44,7 +45,7 @@ class EvaluationModule(lightning.LightningModule):
         self.model_name = model_name
         self.guard_settings = guard
         self.base_model_name = base_model_name
-        self.method = method or (guard.method if guard else "base")
+        self.method = method or ""
         self.experiment = experiment
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
@@ -63,6 +64,7 @@ class EvaluationModule(lightning.LightningModule):
             self.base_model = load_model(self.base_model_name)
         if self.guard_settings is not None:
             self.guard = make_guard(self.guard_settings, self.model, self.trainer)
+        self.method = self.method or method_of(self.guard)
 
     def on_validation_start(self) -> None:
         """Begin an evaluation on the split that the data module validates on."""
@@ -94,6 +96,11 @@ class EvaluationModule(lightning.LightningModule):
 
     def _start(self, split: Split) -> None:
         data = data_of(self.trainer, *EVALUATION_DATA)
+        if not any(data.questions(split)) and not any(data.passages(split)):
+            raise UserError(
+                f"`data` must hold something to evaluate in its {split} split, got nothing; give "
+                "more, or another `task`."
+            )
         self.measurer.baseline = None
         self.measurer.start(data, split, self.guard, self.base_model)
 

@@ -1,6 +1,6 @@
 """Makes a run's guard from its settings and its data module's texts."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -31,8 +31,39 @@ def make_guard(
         trainer: Supplies the data module.
     """
     if settings.artifact is not None:
-        return Guard.load(settings.artifact)
+        return saved_guard(settings)
     return guard_of(guard_maker(settings, model, trainer), data_of(trainer, *GUARD_DATA))
+
+
+def saved_guard(settings: GuardSettings) -> Guard:
+    """Load a guard, which must be what the settings beside its folder say.
+
+    Raises:
+        UserError: There is none that can be read, or a setting beside it says otherwise and would
+            be ignored.
+    """
+    assert settings.artifact is not None
+    guard = Guard.load(settings.artifact)
+    made = {**guard.facts.get("settings", {}), "hook_point": guard.hook_point}
+    for field in fields(GuardSettings):
+        given = getattr(settings, field.name)
+        # Where the SAE lies now is told beside the guard; a default may not have been given.
+        if field.name in ("sae", "sae_id", "artifact") or given == field.default:
+            continue
+        if given != made.get(field.name):
+            raise UserError(
+                f"`{field.name}` must be left out beside `artifact`, or say what the guard in "
+                f"{settings.artifact!r} was made with, {made.get(field.name)!r}, got {given!r}; "
+                "remove it, or leave `artifact` out to make another guard."
+            )
+    return guard
+
+
+def method_of(guard: Guard | None) -> str:
+    """How results call a guard that is not given another name: by the method that made it."""
+    if guard is None:
+        return "base"
+    return str(guard.facts.get("settings", {}).get("method", "guard"))
 
 
 def guard_of(maker: GuardMaker, data: GuardData) -> Guard:
@@ -45,7 +76,8 @@ def guard_of(maker: GuardMaker, data: GuardData) -> Guard:
         maker: Made by `guard_maker` from the same data module.
         data: Whose forget texts may have changed since, as from one request to the next.
     """
-    texts = guard_texts(data, near=_is_near(maker.settings))
+    settings = maker.settings
+    texts = guard_texts(data, near=_is_near(settings), forget=settings.parts().selection != "ids")
     maker.calibration_texts = texts["retain_calibration"]
     forget = {name: texts[name] for name in ("forget_selection", "forget_heldout")}
     return maker.make(maker.statistics(texts["forget_selection"]), forget)
@@ -93,6 +125,11 @@ def guard_maker(
     settings: GuardSettings, model: PreTrainedModel, trainer: lightning.Trainer
 ) -> GuardMaker:
     """What makes guards for several requests; collects the retain statistics at once."""
+    if settings.artifact is not None:
+        raise UserError(
+            "`artifact` must be left out where a guard is made for each request, got "
+            f"{settings.artifact!r}; remove it."
+        )
     data: Any = data_of(trainer, *GUARD_DATA)
     device = trainer.strategy.root_device
     model.to(device)  # pyright: ignore[reportArgumentType]

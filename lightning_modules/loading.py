@@ -1,6 +1,5 @@
 """Loads language models for the modules of this package."""
 
-import json
 import logging
 from pathlib import Path
 from typing import cast
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.hub import short_name
+from dsg.reading import read_json
 from dsg.weights import ADAPTER_WEIGHTS, load_adapter, load_causal_lm
 
 __all__ = ["load_model", "load_plain_model", "short_name"]
@@ -39,9 +39,24 @@ def load_model(model_name: str) -> PreTrainedModel:
             f"`model_name` {model_name!r} holds an adapter without {ADAPTER_WEIGHTS}, and pickled "
             "weights are not read; save it with safe_serialization=True."
         )
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = _load(str(config.get("base_model_name_or_path")), model_name)
+    base = _load(adapter_base(folder), model_name)
     return cast(PreTrainedModel, load_adapter(base, folder).requires_grad_(False))
+
+
+def adapter_base(folder: Path) -> str:
+    """Name of the model that an adapter belongs to.
+
+    Raises:
+        UserError: Its configuration does not tell.
+    """
+    content = read_json(folder / ADAPTER_CONFIG)
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not isinstance(base, str):
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG} must name the model in `base_model_name_or_path`, got "
+            f"{base!r}; save the adapter again."
+        )
+    return base
 
 
 def load_plain_model(model_name: str) -> PreTrainedModel:

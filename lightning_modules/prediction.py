@@ -17,7 +17,7 @@ from dsg.recipes import GuardSettings
 from dsg.results import read_run_facts, row, write_atomically, write_results, write_run_facts
 from dsg.row_files import write_parquet
 from dsg.splits import texts_digest
-from lightning_modules.guards import describe, make_guard
+from lightning_modules.guards import describe, make_guard, method_of
 from lightning_modules.loading import load_model, short_name
 from lightning_modules.measuring import Labels
 from lightning_modules.precision import use_precision
@@ -89,7 +89,7 @@ class PredictionModule(lightning.LightningModule):
         self.guard_settings = guard
         self.num_new_tokens = max_new_tokens if continuations else 0
         self.experiment = experiment
-        self.method = method or guard.method
+        self.method = method or ""
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
         self.model: PreTrainedModel | None = None
@@ -101,6 +101,7 @@ class PredictionModule(lightning.LightningModule):
             use_precision(self.trainer)
             self.model = load_model(self.model_name)
             self.guard = make_guard(self.guard_settings, self.model, self.trainer)
+            self.method = self.method or method_of(self.guard)
 
     def on_predict_start(self) -> None:
         """Read what an earlier attempt has found out.

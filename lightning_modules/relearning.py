@@ -22,7 +22,7 @@ from dsg.items import AnyBatch, PassageBatch
 from dsg.recipes import GuardSettings
 from dsg.tokens import TokenBatch
 from lightning_modules.distributed import exclude_frozen_from_ddp
-from lightning_modules.guards import make_guard, remaking_settings
+from lightning_modules.guards import make_guard, method_of, remaking_settings
 from lightning_modules.loading import load_model, load_plain_model, short_name
 from lightning_modules.measuring import Labels, Measurer
 from lightning_modules.precision import use_precision
@@ -122,7 +122,7 @@ class RelearningModule(lightning.LightningModule):
         self.base_model_name = base_model_name
         self.maintenance = maintenance
         self.hook_point = hook_point or (guard.hook_point if guard else None)
-        self.method = method or (guard.method if guard else "base")
+        self.method = method or ""
         self.experiment = experiment
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
@@ -154,6 +154,7 @@ class RelearningModule(lightning.LightningModule):
             self.guard = make_guard(self.guard_settings, model, self.trainer)
             if self.maintenance:
                 self._remaking = remaking_settings(self.guard_settings, self.guard)
+        self.method = self.method or method_of(self.guard)
         if self.hook_point is not None:
             self.drift = self._remember(model, self.hook_point)
         self.model = prepare_attack(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 
-from dsg.errors import UserError, did_you_mean
+from dsg.errors import UserError, chain, did_you_mean
 
 _KEY = re.compile(r'Parser key "(.+?)":?(?: (.+))?$')
 _CLASS = re.compile(r"Problem with given class_path '(.+?)':?$")
@@ -77,9 +77,7 @@ def user_error_behind(error: BaseException | None) -> UserError | None:
     Returns:
         The first `UserError` of the chain that led to it, itself included; None if there is none.
     """
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+    return next((each for each in chain(error) if isinstance(each, UserError)), None)
 
 
 def _reasons(message: str) -> list[_Reason]:

@@ -25,6 +25,7 @@ from dsg.cli.benchmark_names import map_strings, resolve_benchmark
 from dsg.cli.config_errors import one_line, one_sentence, user_error_behind
 from dsg.cli.config_files import check_config_files
 from dsg.cli.disk_full import disk_full_behind
+from dsg.cli.early_checks import check_inputs
 from dsg.cli.interrupts import interrupts_raised
 from dsg.cli.kept_rows import KeptRows, RowsInCheckpoints
 from dsg.cli.outcome import print_outcome
@@ -212,6 +213,12 @@ class RunCLI(LightningCLI):
             config.trainer.logger, run_dir, facts, resume=config.resume
         )
         self.config[self.subcommand] = map_strings(config, resolve_benchmark)
+
+    @override
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.subcommand is not None:
+            check_inputs(self.model, self.datamodule)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

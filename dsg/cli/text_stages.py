@@ -163,7 +163,7 @@ def evaluate(cell: TextCell, method: str, part: Part, guards: Path, folder: Path
     guarded = method != "base"
     module = EvaluationModule(
         cell.model,
-        guard=replace(cell.guard, artifact=str(guards / method)) if guarded else None,
+        guard=cell.guard.saved_in(guards / method) if guarded else None,
         **cell.labels(method=method),
     )
     data = cell.data(part=part)
@@ -200,7 +200,7 @@ def relearn(
     """One relearning attack, measured on test passages after every epoch."""
     module = RelearningModule(
         cell.model,
-        guard=replace(cell.guard, artifact=str(guards / "dsg")),
+        guard=cell.guard.saved_in(guards / "dsg"),
         mode=mode,
         adapter=attack,
         lr=ATTACK_LR[attack],

@@ -173,7 +173,7 @@ def evaluate(
     guarded = method not in ("base", "rmu")
     module = EvaluationModule(
         str(rmu_model) if method == "rmu" else cell.model,
-        guard=replace(cell.guard, artifact=str(guards / method)) if guarded else None,
+        guard=cell.guard.saved_in(guards / method) if guarded else None,
         base_model_name=cell.model if method == "rmu" else None,
         method=method,
         experiment="demo",
@@ -206,7 +206,7 @@ def relearn(
     cell = context.cell
     module = RelearningModule(
         str(rmu_model) if method == "rmu" else cell.model,
-        guard=None if mode == "none" else replace(cell.guard, artifact=str(guards / method)),
+        guard=None if mode == "none" else cell.guard.saved_in(guards / method),
         mode=mode,
         adapter=attack,
         lr=ATTACK_LR[attack],

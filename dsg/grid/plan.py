@@ -21,6 +21,7 @@ from dsg.results import read_run_facts
 GUARDS_FILE = "guards.json"
 MODEL_FOLDER = "model"
 
+_PLACE = ("hook_point", "sae", "sae_id")
 _DOMAIN_KEY = "data.init_args.forget_domain"
 
 
@@ -113,7 +114,9 @@ class Plan:
                     base = self.benchmark.methods[self.base]
                     config = changed(self._config(base, place, {}), self._model(source, place))
                 elif self.kinds[name] == "guard":
-                    config = changed(config, self._artifact(source, name))
+                    config = changed(
+                        config, self._artifact(source, name, value_at(config, GUARD_KEY))
+                    )
                 config = changed(config, {"model.init_args.method": name, **quiet()})
                 after = [source.digest] if source.command != "test" else []
                 cells.append(Cell(f"{place}/evaluate/{name}", "test", config, after))
@@ -252,10 +255,9 @@ class Plan:
         }
         if source is not None and self.kinds[name] == "guard":
             guard = self._config(self.benchmark.methods[name], place, {})
-            values[GUARD_KEY] = value_at(guard, GUARD_KEY)
+            values |= self._artifact(source, name, value_at(guard, GUARD_KEY))
             values["model.init_args.mode"] = mode or "test_time"
             values |= settings.guarded
-            values |= self._artifact(source, name)
         if source is not None and self.kinds[name] == "fit":
             values |= self._model(source, place)
         return changed(config, values)
@@ -268,8 +270,10 @@ class Plan:
             "model.init_args.base_model_name": value_at(base, "model.init_args.model_name"),
         }
 
-    def _artifact(self, source: Cell, name: str) -> dict[str, Any]:
-        return {f"{GUARD_KEY}.artifact": source.path(name)}
+    def _artifact(self, source: Cell, name: str, guard: Config) -> dict[str, Any]:
+        """The guard that was chosen: beside it only the place of its SAE means anything."""
+        place = {key: guard[key] for key in _PLACE if key in guard}
+        return {GUARD_KEY: {**place, "artifact": source.path(name)}}
 
     def _default_epochs(self, method: Method) -> int:
         return value_at(self._configs[method.config], EPOCHS_KEY) or 1

@@ -1,0 +1,83 @@
+"""What of a run's input can be refused before a model is loaded or a text is read."""
+
+from pathlib import Path
+from typing import Any
+
+from dsg.errors import UserError
+from dsg.hub import check_dataset, check_folder
+from dsg.recipes import GuardSettings
+from dsg.sae import check_sae_name
+from lightning_modules.loading import ADAPTER_CONFIG, adapter_base
+
+
+def check_inputs(module: Any, data: Any) -> None:
+    """Refuse what can be seen from names and settings alone.
+
+    Args:
+        module: What runs; its model, and the settings of its guard, if it has such attributes.
+        data: Its data module; its model's name and its corpora, if it has such attributes.
+
+    Raises:
+        UserError: A folder or a file is missing, model and data belong to different models, or
+            a guard is to be made from text that is not given.
+    """
+    for part in (module, data):
+        for name in ("model_name", "base_model_name"):
+            if value := getattr(part, name, None):
+                check_folder(name, value)
+    _check_same_model(module, data)
+    settings = getattr(module, "guard_settings", None)
+    if settings is not None:
+        _check_guard(settings)
+        if settings.artifact is None and hasattr(data, "corpora"):
+            _check_corpora(settings, data.corpora)
+
+
+def _check_same_model(module: Any, data: Any) -> None:
+    """The data's model is that of the run, or the one that it was changed from."""
+    name, given = getattr(module, "model_name", None), getattr(data, "model_name", None)
+    if name is None or given is None:
+        return
+    known = {name, getattr(module, "base_model_name", None)}
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        known.add(adapter_base(Path(name)))
+    if given not in known:
+        raise UserError(
+            f"`model_name` of the data must be that of the model, {name!r}, whose tokenizer and "
+            f"window it is for, got {given!r}; give the same, or name the model that was changed "
+            "as `base_model_name` of the model."
+        )
+
+
+def _check_guard(settings: GuardSettings) -> None:
+    if settings.artifact is not None:
+        if not Path(settings.artifact).is_dir():
+            raise UserError(
+                f"`artifact` must be the folder of a saved guard, got {settings.artifact!r}, which "
+                "is none; correct the path."
+            )
+    else:
+        check_sae_name(settings.sae, settings.sae_id)
+
+
+def _check_corpora(settings: GuardSettings, corpora: Any) -> None:
+    if corpora is None:
+        raise UserError(
+            "`corpora` must name the texts to make a guard from, got none; give `forget` and "
+            "`retain` there, or load a saved guard (`artifact`)."
+        )
+    given = corpora.settings
+    needed = {
+        "retain": True,
+        "forget": settings.parts().selection != "ids",
+        "near": settings.method == "dsg_near",
+    }
+    for kind in needed:
+        sources = getattr(given, kind)
+        if needed[kind] and not sources:
+            raise UserError(
+                f"`{kind}` of the corpora must hold text for a guard of the method "
+                f"{settings.method!r}, got none; give some."
+            )
+        for corpus in sources:
+            check_dataset(corpus.source)
