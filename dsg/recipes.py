@@ -192,7 +192,7 @@ def _check_ranges(settings: GuardSettings) -> None:
         "ratio_percentile": (0, 100, "in [0, 100]"),
         "threshold_percentile": (0, 100, "in [0, 100]"),
         "max_retain_frequency": (0, 1, "in [0, 1]"),
-        "clamp_value": (-_LARGEST, _LARGEST, "finite"),
+        "clamp_value": (-_LARGEST, _LARGEST, "a finite number"),
         "trigger_limit": (0, _LARGEST, "finite and at least 0"),
         "window_size": (1, inf, "at least 1"),
         "draw": (0, inf, "at least 0"),

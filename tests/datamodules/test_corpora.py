@@ -92,7 +92,7 @@ def test_another_column(tmp_path):
 def test_a_broken_line_of_a_local_forget_corpus(tmp_path):
     (tmp_path / "bio.jsonl").write_text('{"text": "a"}\n{"text": b}\n')
     corpora = Corpora(CorpusSettings(retain=[], forget=[Corpus(str(tmp_path / "bio.jsonl"))]))
-    with pytest.raises(UserError, match=r"bio.jsonl, line 2, must be JSON"):
+    with pytest.raises(UserError, match=r"bio.jsonl, line 2 is not JSON"):
         corpora.forget_texts()
 
 

@@ -290,7 +290,7 @@ def test_a_saved_guard_is_maintained_with_the_settings_it_was_made_with(toy, tmp
     made, _ = attack(toy, tmp_path / "made", maintenance=True, trainer={"max_epochs": 1})
     made.guard.save(tmp_path / "guard")
     settings = {
-        "guard": guard_settings(toy, artifact=str(tmp_path / "guard"), num_features=7),
+        "guard": guard_settings(toy).saved_in(tmp_path / "guard"),
         "mode": "test_time",
         "maintenance": True,
         "lr": 1e-2,
