@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dsg.edit import ClampScope
+from dsg.edit import ClampScope, ClampUnit
 from dsg.errors import UserError
-from dsg.guard import ClampUnit, Guard
+from dsg.guard import Guard
 from dsg.hooks import unwrap
 from dsg.making import GuardMaker
 from dsg.recipes import GuardSettings

@@ -12,6 +12,7 @@ from dsg.features import Features
 
 ClampScope = Literal["all", "active"]
 # `clamp` writes the selected features; `refusal` leaves them and writes another one.
+ClampUnit = Literal["activation", "residual_norm"]
 Edit = Literal["clamp", "refusal"]
 
 

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsg.artifact import read_artifact, write_artifact
 from dsg.attachment import Attachment, Continuation, DecisionRule, attach
 from dsg.competing import rebuild_features
-from dsg.edit import ClampScope, Edit
+from dsg.edit import ClampScope, ClampUnit, Edit
 from dsg.errors import UserError, check_choice
 from dsg.features import DeviceOnlyModule, Features, check_finite
 from dsg.gate import Evidence, GateKind, decide, fired_tokens, make_gate
@@ -21,8 +21,6 @@ from dsg.hooks import check_width, read_activations
 from dsg.identity import ModelIdentity
 from dsg.steering_csv import read_steering_csv, write_steering_csv
 from dsg.tokens import TokenBatch, count_mask
-
-ClampUnit = Literal["activation", "residual_norm"]
 
 _SHOWN_IDS = 8
 

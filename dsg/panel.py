@@ -8,10 +8,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dsg.edit import Clamp, ClampScope, Edit, apply_clamps, clamp_entries, refusal_entries
+from dsg.edit import (
+    Clamp,
+    ClampScope,
+    ClampUnit,
+    Edit,
+    apply_clamps,
+    clamp_entries,
+    refusal_entries,
+)
 from dsg.errors import UserError
 from dsg.features import Features, check_finite
-from dsg.gate import Evidence, Gate, decide, fired_tokens
+from dsg.gate import Evidence, Gate, GateKind, decide, fired_tokens
 from dsg.identity import ModelIdentity
 
 Policy = Literal["own", "any", "majority"]
@@ -21,18 +29,24 @@ class GuardLike(Protocol):
     """What a model at work asks of a guard; see `dsg.guard.Guard`."""
 
     features: Features
+    gate: GateKind
     rule: Gate
     hook_point: str
     pad_id: int | None
     edit: Edit
     clamp_scope: ClampScope
-    clamp_unit: str
+    clamp_unit: ClampUnit
     trigger_limit: float
     model: ModelIdentity | None
 
     @property
     def num_selected(self) -> int:
         """Number of selected features, on which the gate looks."""
+        ...
+
+    @property
+    def threshold(self) -> float:
+        """Statistic strictly above which a sequence is triggered."""
         ...
 
     @property

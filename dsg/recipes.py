@@ -8,10 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from dsg.edit import ClampScope, Edit
+from dsg.edit import ClampScope, ClampUnit, Edit
 from dsg.errors import UserError, check_choice, check_each_once
 from dsg.gate import GateKind
-from dsg.guard import ClampUnit
 from dsg.selection import (
     Selection,
     select_fisher_ratio,

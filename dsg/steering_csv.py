@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from dsg.csv_table import Table, read_table
 from dsg.errors import UserError
 from dsg.features import Features
+from dsg.panel import GuardLike
 from dsg.results import write_atomically
 from dsg.sae import describe_sae, load_sae, slice_features
 from dsg.tokens import uncounted_token_ids
@@ -47,13 +48,9 @@ _HARNESS_NAMES = {
 _HARNESS_LAYER = re.compile(r"(?:layers|h)\.(\d+)")
 
 
-class Written(Protocol):
-    """What a steering CSV can tell of a guard; see `dsg.guard.Guard`."""
+class Named(GuardLike, Protocol):
+    """A guard of which features and SAE are known by name."""
 
-    gate: str
-    edit: str
-    clamp_scope: str
-    trigger_limit: float
     facts: dict[str, Any]
 
     @property
@@ -66,18 +63,8 @@ class Written(Protocol):
         """Id of the feature that the edit `refusal` writes."""
         ...
 
-    @property
-    def num_selected(self) -> int:
-        """Number of selected features."""
-        ...
 
-    @property
-    def activation_value(self) -> float:
-        """What is written, in activation units."""
-        ...
-
-
-def write_steering_csv(guard: Written, path: str | Path, drop_gate: bool = False) -> Path:
+def write_steering_csv(guard: Named, path: str | Path, drop_gate: bool = False) -> Path:
     """Writes the guard in the columns of "Don't Forget It!", in one atomic step.
 
     One row per selected feature, in activation units. An SAE that came from a folder has the folder
@@ -242,7 +229,7 @@ def _load(table: Table, release: str, sae_id: str) -> "SAE[Any]":
     return load_sae(release, sae_id or None)
 
 
-def _sae_name(guard: Written) -> tuple[str, str]:
+def _sae_name(guard: Named) -> tuple[str, str]:
     """Release and id of the guard's SAE; the id is empty for a folder."""
     facts = guard.facts
     name = facts.get("steering_csv", {}).get("sae") or facts.get("sae", {}).get("loaded_from")
