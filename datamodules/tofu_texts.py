@@ -105,7 +105,16 @@ class TofuTexts:
             for row, options in zip(rows, choices, strict=True)
         )
         return [
-            Question(number, row.domain, None, self.prompt(row.question), options, 0, key=key)
+            Question(
+                number,
+                row.domain,
+                None,
+                self.prompt(row.question),
+                options,
+                0,
+                key=key,
+                closed=True,
+            )
             for number, (row, options, key) in enumerate(zip(rows, choices, keys, strict=True))
         ]
 
@@ -118,6 +127,7 @@ class TofuTexts:
                 self.separated(row.answer),
                 context=self.prompt(row.question),
                 key=key,
+                closed=True,
             )
             for number, (row, key) in enumerate(zip(rows, _keys(rows), strict=True))
         ]

@@ -1,13 +1,17 @@
 """Turns items into token batches."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from dsg.errors import UserError
 from dsg.items import Passage, PassageBatch, Prompt, PromptBatch, Question, QuestionBatch
 from dsg.tokens import (
+    TokenBatch,
     encode_texts,
     pad_sequences,
     padding_id,
@@ -48,11 +52,15 @@ def question_collate(
             num_prompt, rows = encoded[question]
             prompts.append(rows[0][:num_prompt])
             options += [row[num_prompt:] for row in rows]
+        padded = pad_sequences(options, pad_id, uncounted_ids)
+        closed = torch.tensor([q.closed for q in questions for _ in q.options])
+        # A guard decides on the prompt alone, and nothing that is scored follows this token.
+        scored = padded.token_mask | (last_places(padded) & closed[:, None])
         chars = [len(option.lstrip()) for question in questions for option in question.options]
         return QuestionBatch(
             # On the left, so that an option follows its prompt without a gap.
             prompts=pad_sequences(prompts, pad_id, uncounted_ids, side="left"),
-            options=pad_sequences(options, pad_id, uncounted_ids),
+            options=replace(padded, token_mask=scored),
             ids=torch.tensor([question.id for question in questions]),
             answers=torch.tensor([question.answer for question in questions]),
             num_options=num_options,
@@ -76,6 +84,7 @@ def passage_collate(
             tokens=pad_sequences([ids for _, ids in encoded], pad_id, uncounted_ids),
             ids=torch.tensor([passage.id for passage in passages]),
             context_lengths=torch.tensor([length for length, _ in encoded]),
+            closed=torch.tensor([passage.closed for passage in passages]),
         )
 
     return collate
@@ -119,6 +128,8 @@ def encode_question(tokenizer: Any, question: Question) -> EncodedQuestion:
     texts = [question.prompt, *(question.prompt + option for option in question.options)]
     prompt, *rows = encode_texts(tokenizer, texts, None)
     _check_bos(tokenizer, prompt, f"question {question.id}")
+    if question.closed:
+        rows = [_closed(tokenizer, row) for row in rows]
     if question.protocol == "dsg":
         options = tokenizer(list(question.options), add_special_tokens=False, verbose=False)
         return len(prompt), [[*prompt, *ids] for ids in options["input_ids"]]
@@ -139,9 +150,24 @@ def encode_passages(
     given = [passage for passage in passages if passage.context]
     contexts = iter(encode_texts(tokenizer, [passage.context for passage in given], None))
     return [
-        (shared_prefix(next(contexts), whole) if passage.context else 0, whole)
+        (
+            shared_prefix(next(contexts), whole) if passage.context else 0,
+            _closed(tokenizer, whole)[:max_length] if passage.closed else whole,
+        )
         for passage, whole in zip(passages, wholes, strict=True)
     ]
+
+
+def last_places(batch: TokenBatch) -> Bool[Tensor, "b seq"]:
+    """True at the last real token of each row of a batch that is padded on the right."""
+    places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    return places == batch.attention_mask.sum(dim=1, keepdim=True) - 1
+
+
+def _closed(tokenizer: Any, ids: list[int]) -> list[int]:
+    """With one eos token at the end."""
+    end = [tokenizer.eos_token_id]
+    return ids if ids[-1:] == end else [*ids, *end]
 
 
 def _cut(tokenizer: Any, prompt: Prompt) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dsg.tokens import TokenBatch
@@ -38,6 +38,7 @@ class Question:
         key: The same in every run, see `item_key`; empty where runs are not compared.
         fact: What it asks for, where the same is asked in several wordings: their answers depend on
             each other, so that together they count once in `n` and in intervals.
+        closed: Whether the eos token that closes an option is scored with it.
     """
 
     id: int
@@ -51,6 +52,7 @@ class Question:
     pool: str | None = None
     key: str = ""
     fact: int | None = None
+    closed: bool = False
 
     @property
     def num_answers(self) -> int:
@@ -71,6 +73,7 @@ class Passage:
             Without it the whole passage decides.
         pool: As for `Question`.
         key: As for `Question`.
+        closed: Whether the eos token that closes the text is scored with it.
     """
 
     id: int
@@ -80,6 +83,7 @@ class Passage:
     context: str = ""
     pool: str | None = None
     key: str = ""
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ class QuestionBatch:
 
     Attributes:
         prompts: One row per question, padded on the left, `[b, seq]`.
-        options: One row per option, padded on the right, `[b * num_options, tokens]`.
+        options: One row per option, padded on the right, `[b * num_options, tokens]`; its token
+            mask tells what is scored.
         ids: Question ids, `[b]`.
         answers: Index of the right answer, `[b]`.
         num_options: Options per question.
@@ -169,15 +174,17 @@ class PassageBatch:
         tokens: Context and passage, `[b, seq]`.
         ids: Passage ids, `[b]`.
         context_lengths: Tokens of each context, `[b]`; all zero or none of them.
+        closed: Whether the last token of each is scored even if it does not count, `[b]`.
     """
 
     tokens: TokenBatch
     ids: Int[Tensor, " b"]
     context_lengths: Int[Tensor, " b"]
+    closed: Bool[Tensor, " b"]
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`."""
-        moved = ("tokens", "ids", "context_lengths")
+        moved = ("tokens", "ids", "context_lengths", "closed")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def __getitem__(self, rows: slice) -> Self:
@@ -187,6 +194,7 @@ class PassageBatch:
             tokens=self.tokens[rows],
             ids=self.ids[rows],
             context_lengths=self.context_lengths[rows],
+            closed=self.closed[rows],
         )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dsg.collate import last_places
 from dsg.finite import check_log_probs
 from dsg.forward import guarded
 from dsg.guard import Guard
@@ -104,9 +105,10 @@ def score_passages(model: nn.Module, batch: PassageBatch, guard: AnyGuard | None
 
     Returns:
         Per passage, in float64: `nll_sum` (nats, over the counted tokens after the first and after
-        the context), `num_tokens` (how many those are), `min_k` (mean log-probability of the 40 %
-        least probable ones, rounded down but at least one: Min-K %, Shi et al. 2024; NaN where
-        there is no token), `triggered` and `density` (NaN without a guard).
+        the context, and the end of a closed passage), `num_tokens` (how many those are), `min_k`
+        (mean log-probability of the 40 % least probable ones, rounded down but at least one: Min-K
+        %, Shi et al. 2024; NaN where there is no token), `triggered` and `density` (NaN without a
+        guard).
 
     Raises:
         UserError: As for `score_questions`.
@@ -120,7 +122,8 @@ def score_passages(model: nn.Module, batch: PassageBatch, guard: AnyGuard | None
     with guarded(inner, guard, decision=decision) as forward:
         logits = forward(tokens, use_cache=False, **masks).logits
         triggered, density = forward.decision(len(tokens.input_ids))
-    scored = (tokens.token_mask & ~in_context)[:, 1:]
+    closing = last_places(tokens) & batch.closed[:, None]
+    scored = ((tokens.token_mask | closing) & ~in_context)[:, 1:]
     losses = [
         # Row by row, so that only one row's logits are ever copied to float32.
         F.cross_entropy(row[:-1][keep].float(), ids[1:][keep], reduction="none").double()

@@ -1,6 +1,6 @@
 """The metrics of TOFU: probability, ROUGE, truth ratio, model utility and forget quality.
 
-Losses are per token of the answer; the closing eos token is not scored.
+Losses are per token of the answer and its closing eos token, as in the published code.
 """
 
 from collections.abc import Mapping, Sequence

@@ -50,8 +50,12 @@ def test_items_are_those_of_the_benchmark(folder):
     wrong = tuple(f" {sentence(1, 6 + place, 1)}" for place in range(5))
     # The paraphrase is the right option; what the model was taught is the passage.
     options = (f" {sentence(5, 1)}", *wrong)
-    assert questions[1] == Question(1, "forget", None, asked, options, 0, key=questions[1].key)
-    assert passages[1] == Passage(1, "forget", f" {answer}", context=asked, key=passages[1].key)
+    assert questions[1] == Question(
+        1, "forget", None, asked, options, 0, key=questions[1].key, closed=True
+    )
+    assert passages[1] == Passage(
+        1, "forget", f" {answer}", context=asked, key=passages[1].key, closed=True
+    )
     assert prompts[1] == Prompt(1, "forget", asked, answer, 200, key=prompts[1].key)
     assert prompts[1].stop == ()
     author = questions[2 * NUM]

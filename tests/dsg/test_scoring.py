@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dsg.errors import UserError
 from dsg.items import Passage, Question
 from dsg.scoring import score_passages, score_questions
 from tests.dsg.scoring_helpers import QUESTIONS, tiny_guard
-from tests.helpers import BOS
+from tests.helpers import BOS, EOS
 
 PASSAGES = [
     Passage(0, "retain", "w1 w2 w3 w4 w5"),
@@ -72,6 +73,33 @@ def test_passage_losses_match_one_sequence_at_a_time(model, tokenizer):
         log_probs = reference_log_probs(model, tokenizer(passage.text)["input_ids"])
         assert values["nll_sum"][row].item() == pytest.approx(-sum(log_probs), abs=1e-4)
         assert values["num_tokens"][row].item() == len(log_probs)
+
+
+def test_the_closing_token_is_scored_where_it_is_asked_for(model, tokenizer):
+    """As in TOFU's published code: the mean is over the answer's tokens and eos."""
+    passage = Passage(0, "forget", " w3 w4", context="w1 w2", closed=True)
+    longer = Passage(1, "forget", " w3 w4 w5 w6", context="w1 w2")
+    values = score_passages(model, passage_collate(tokenizer)([passage, longer]))
+    expected = reference_log_probs(model, [*tokenizer("w1 w2 w3 w4")["input_ids"], EOS])[-3:]
+    assert values["nll_sum"][0].item() == pytest.approx(-sum(expected), abs=1e-4)
+    assert values["num_tokens"].tolist() == [3.0, 4.0]
+    question = Question(0, "forget", None, "w1 w2", (" w3 w4", " w5 w6 w7"), 0, closed=True)
+    values = score_questions(model, question_collate(tokenizer)([question]))
+    assert values["log_prob_0"].item() == pytest.approx(sum(expected), abs=1e-4)
+    assert [values[f"num_tokens_{place}"].item() for place in (0, 1)] == [3.0, 4.0]
+
+
+def test_the_closing_token_does_not_change_a_decision(model, tokenizer):
+    guard = tiny_guard(model, tokenizer, 0.3)
+    for context in ("", "w1 w2"):
+        passages = [replace(p, text=f" {p.text}", context=context) for p in PASSAGES[:2]]
+        without, with_end = (
+            score_passages(model, passage_collate(tokenizer)(of), guard)
+            for of in (passages, [replace(p, closed=True) for p in passages])
+        )
+        assert torch.equal(without["density"], with_end["density"])
+        assert torch.equal(without["num_tokens"] + 1, with_end["num_tokens"])
+        assert (with_end["nll_sum"] > without["nll_sum"]).all()
 
 
 def test_passages_are_cut(tokenizer):
