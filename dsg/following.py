@@ -1,23 +1,18 @@
 """Following the forward passes of a guarded model, hook by hook."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, SupportsIndex, TypeVar
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
 
 from dsg.calls import Calls
+from dsg.compiled import never_compiled
 from dsg.errors import UserError
 from dsg.hooks import hidden_states, is_reading
 from dsg.inputs import ForwardInputs, argument, pop_masks
 from dsg.panel import ForwardPass, GuardLike, Panel
 from dsg.running import CacheMemory, past_length
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _uncompiled(function: _Function) -> _Function:
-    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 class Follower:
@@ -77,7 +72,7 @@ class Follower:
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         self.__deepcopy__({})
 
-    @_uncompiled
+    @never_compiled
     def before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -96,7 +91,7 @@ class Follower:
         mine.given |= pop_masks(kwargs)
         return args, kwargs
 
-    @_uncompiled
+    @never_compiled
     def after_model(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """After the model: an output in which the decoder had no part is refused."""
         mine = self._calls.mine
@@ -111,7 +106,7 @@ class Follower:
                 "traced or wrapped, or call `torch.compiler.reset()` after attaching it."
             )
 
-    @_uncompiled
+    @never_compiled
     def before_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -144,7 +139,7 @@ class Follower:
             prompt = inputs.prompt(counted[0])
         return ForwardPass(counted, prompt, earlier, past_length(inputs.cache) + inputs.shape[1])
 
-    @_uncompiled
+    @never_compiled
     def after_layer(self, layer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         """After a guarded layer: its guards decide and write."""
         h, forward = hidden_states(output), self._calls.mine.forward
@@ -166,7 +161,7 @@ class Follower:
             return None
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    @_uncompiled
+    @never_compiled
     def after_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dsg.compiled import never_compiled, recompile
 from dsg.errors import UserError
 from dsg.tokens import TokenBatch
 
@@ -177,13 +178,16 @@ def read_activations(
     """
     inner = unwrap(model)
 
+    @never_compiled
     def stop(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         # Another thread may run the same layer for itself.
         if is_reading():
             raise _Reached(hidden_states(output))
 
     # In front of every other hook: whatever edits this output must not be seen.
-    handle = resolve_hook_point(inner, hook_point).register_forward_hook(stop, prepend=True)
+    layer = resolve_hook_point(inner, hook_point)
+    handle = layer.register_forward_hook(stop, prepend=True)
+    restore = recompile([decoder_of(inner), layer])
     token = _reading.set(True)
     try:
         with torch.no_grad(), evaluating(inner):
@@ -193,6 +197,7 @@ def read_activations(
     finally:
         _reading.reset(token)
         handle.remove()
+        restore()
     raise UserError(
         f"`hook_point` {hook_point!r} must run in the forward pass, but the model never calls it; "
         "choose a decoder layer."

@@ -1,6 +1,5 @@
 """The hooks of an attached guard: put in place, watched, and taken away."""
 
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
+from dsg.compiled import recompile
 from dsg.errors import UserError
 
 
@@ -27,7 +27,7 @@ class Wiring:
         self._decoder, self._layers = decoder, list(layers)
         self._handles: list[RemovableHandle] = []
         self._watch: RemovableHandle | None = None
-        self._forwards: dict[nn.Module, types.MethodType] = {}
+        self._undo: Callable[[], None] = _nothing
 
     def put(
         self,
@@ -55,17 +55,15 @@ class Wiring:
             *(layer.register_forward_hook(after_layer, prepend=True) for layer in self._layers),
         ]
         self._watch = register_module_module_registration_hook(self._refuse_another_decoder)
-        self._renew_compiled()
+        self._undo = recompile((self._decoder, *self._layers))
 
     def remove(self) -> None:
         """Takes away whatever is still in place."""
         for handle in (*self._handles, *filter(None, [self._watch])):
             handle.remove()
         self._handles.clear()
-        for module, forward in self._forwards.items():
-            if vars(module).get("forward") is forward:
-                del vars(module)["forward"]
-        self._forwards.clear()
+        self._undo()
+        self._undo = _nothing
 
     def check(self) -> None:
         """Refuses a model on which the hooks can see nothing.
@@ -83,20 +81,6 @@ class Wiring:
         """Whether every hook is still where it was put."""
         hooks = [(handle.id, handle.hooks_dict_ref()) for handle in self._handles]
         return all(registered is not None and id in registered for id, registered in hooks)
-
-    def _renew_compiled(self) -> None:
-        """Makes `torch.compile` drop what it compiled before: it would never see new hooks.
-
-        Graphs do not watch for hooks, but they do watch whether a module has a `forward` of its
-        own. The one that it gets here is its class's.
-        """
-        for module in (self._decoder, *self._layers):
-            module = getattr(module, "_orig_mod", module)
-            own = vars(module).get("forward")
-            method = type(module).forward
-            if own is None or getattr(own, "__func__", None) is method:
-                self._forwards[module] = types.MethodType(method, module)
-                vars(module)["forward"] = self._forwards[module]
 
     def _refuse_another_decoder(
         self, parent: nn.Module, name: str, child: nn.Module | None
@@ -116,6 +100,10 @@ def hook_removed() -> UserError:
         "a guard's hooks must stay in place while it is attached, but one was removed, so the "
         "model may have run unguarded; leave the `with` block instead of removing hooks."
     )
+
+
+def _nothing() -> None:
+    """No hooks are in place."""
 
 
 def _contains(module: nn.Module | None, part: nn.Module) -> bool:

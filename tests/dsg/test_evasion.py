@@ -160,6 +160,19 @@ def compile_then_generate(case):
         return generated(case.model)
 
 
+def compile_then_measure(case):
+    case.model.compile(backend="eager")
+    logits(case.model)
+    density = case.guard.density(case.twin(), IDS)
+    assert torch.equal(case.guard.density(case.model, IDS), density)
+    with case.attached():
+        before = logits(case.model)
+        assert torch.equal(case.guard.density(case.model, IDS), density)
+        assert torch.equal(logits(case.model), before)
+    assert torch.allclose(logits(case.model), case.plain, atol=1e-4)
+    return before
+
+
 def a_forward_that_skips_the_decoder(case):
     output = case.model(IDS)
     case.model.forward = lambda **_: output
@@ -443,6 +456,7 @@ ROUTES = [
     ("compile-under-another-guard", compile_under_another_guard, GUARDED),
     ("compile-inside", compile_inside, GUARDED),
     ("compile-then-generate", compile_then_generate, GUARDED),
+    ("compile-then-measure", compile_then_measure, GUARDED),
     ("forward-without-decoder", a_forward_that_skips_the_decoder, "must run in each forward pass"),
     ("generate", generate(), GUARDED),
     ("generate-by-position", generate_by_position(), GUARDED),
