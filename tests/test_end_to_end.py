@@ -112,7 +112,7 @@ def test_two_ranks_test_like_one(tmp_path: Path) -> None:
 def csv_values(path: Path) -> dict[tuple[int, str], float]:
     with path.open(newline="") as file:
         return {
-            (int(line["step"]), key): float(value)
+            (int(float(line["epoch"])), key): float(value)
             for line in csv.DictReader(file)
             for key, value in line.items()
             if value and key.startswith("val/")
@@ -122,7 +122,7 @@ def csv_values(path: Path) -> dict[tuple[int, str], float]:
 def wandb_values(folder: Path) -> dict[tuple[int, str], float]:
     [log] = folder.rglob("run-*.wandb")
     return {
-        (int(line["trainer/global_step"]), key): float(value)
+        (int(line["epoch"]), key): float(value)
         for line in read_history(log)
         for key, value in line.items()
         if key.startswith("val/")

@@ -122,6 +122,13 @@ def test_pools_are_compared_beside_their_domains(tmp_path):
     assert sizes == {"age": 1, "history": 1, "retain": 2}
 
 
+def test_a_domain_that_is_a_whole_pool_is_compared_once(tmp_path):
+    rows = [question(f"q{i}", i < 3, domain="q_forget", pool="forget") for i in range(4)]
+    rows += [question(f"{d}{i}", 1, domain=d, pool="retain") for i in range(2) for d in "ab"]
+    found, _ = compare_runs(write(tmp_path, rows), tmp_path)
+    assert {comparison.domain for comparison in found} == {"forget", "retain", "a", "b"}
+
+
 def test_choosing(tmp_path):
     found, _ = compare_runs(*two_runs(tmp_path))
     assert [c.metric for c in choose(found, ["correct"], [])] == ["correct"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsg.calibration import wilson
 from dsg.collate import passage_collate, question_collate
-from dsg.evaluation import summarise
+from dsg.evaluation import named_twice, summarise
 from dsg.items import Passage, Question
 from dsg.per_sample import PerSample, score_all
 from tests.dsg.scoring_helpers import QUESTIONS, make_passages, tiny_guard
@@ -231,3 +231,19 @@ def test_score_all_is_in_the_order_of_the_ids(model, tokenizer):
     passages = make_passages()
     values = score_all(model, [passage_collate(tokenizer)(passages)])
     assert values["num_tokens"].tolist() == [len(p.text.split()) for p in passages]
+
+
+@pytest.mark.parametrize(
+    ("names", "twice"),
+    [
+        ([("forget", None), ("retain", None)], set()),
+        ([("q_forget", "forget"), ("retain", None)], {"q_forget"}),
+        ([("a", "retain"), ("b", "retain"), ("q_forget", "forget")], {"q_forget"}),
+        ([("forget", None), ("q_forget", "forget")], set()),
+        ([("a", "one"), ("a", "other")], set()),
+        ([("a", "one"), ("a", None)], set()),
+        ([], set()),
+    ],
+)
+def test_a_domain_that_is_a_whole_pool_is_told_once(names, twice):
+    assert named_twice(names * 2) == twice

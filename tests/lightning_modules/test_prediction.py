@@ -313,3 +313,10 @@ def test_bad_settings_are_refused(toy, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "guard" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_predictions_in_another_precision(toy, tmp_path, precision):
+    rows = predict(toy, tmp_path, trainer={"precision": precision})
+    assert len(rows) == NUM
+    assert all(0.0 <= row["statistic"] <= 1.0 for row in rows)

@@ -269,6 +269,39 @@ def test_a_disk_that_is_nearly_full_ends_a_run_in_one_line(write_config, command
     assert done.stderr.count("\n") == 1
 
 
+# Saves a checkpoint, or a model, that does not fit, and says what is made of the error.
+SAVING = """
+import resource, sys
+from pathlib import Path
+import torch
+from dsg.atomic import whole_file
+from dsg.cli.disk_full import disk_full_behind
+from tests.helpers import tiny_model
+folder, model = Path(sys.argv[2]), tiny_model()
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    if sys.argv[1] == "model":
+        model.save_pretrained(folder)
+    with whole_file(folder / "a.ckpt") as file:
+        torch.save(model.state_dict(), file)
+except Exception as error:
+    sys.stdout.write(str(disk_full_behind(error)))
+"""
+
+
+@pytest.mark.parametrize("what", ["model", "checkpoint"])
+def test_weights_that_do_not_fit_are_recognised(tmp_path, what):
+    done = subprocess.run(
+        [sys.executable, "-c", SAVING, what, str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith("no space is left to write"), done.stderr
+    assert not list(tmp_path.rglob("*.ckpt*"))
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
