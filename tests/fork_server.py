@@ -10,9 +10,10 @@ import multiprocessing
 import os
 import sys
 import time
-import weakref
 from pathlib import Path
 from typing import Any
+
+from wandb.sdk.data_types import _private
 
 from dsg.cli.environment import prepare_environment
 
@@ -50,8 +51,8 @@ def build_cache(name: str) -> int:
 
 def run_child(request: dict[str, Any], errors: Path) -> None:
     """The body of a forked process; leaves through `sys.exit`, as a command does."""
-    # What the parent cleans up at its end, such as W&B's folder for media, is its own.
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    # W&B makes it when it is imported, here by the parent, and removes it when a process ends.
+    Path(_private.MEDIA_TMP.name).mkdir(exist_ok=True)
     os.chdir(request["cwd"])
     for descriptor, target in ((1, os.devnull), (2, str(errors))):
         os.dup2(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)

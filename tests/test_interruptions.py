@@ -35,7 +35,7 @@ class Server:
         toy = save_toy(folder)
         save_choice_model(folder / "choices")
         write_rows(folder / "choices.jsonl", choice_rows(6))
-        write_both(folder, num_forget=30, num_retain=60)
+        write_both(folder)
         for name, config in configurations(toy).items():
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
         environment = {
@@ -131,7 +131,11 @@ def configurations(toy: Path) -> dict[str, Any]:
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }
     init_args = {**attack["model"]["init_args"], "seed": 0}
-    cell = {**attack, "model": {**attack["model"], "init_args": init_args}}
+    cell = {
+        **attack,
+        "trainer": {**trainer, "max_epochs": 1},  # a grid's cells keep no checkpoints
+        "model": {**attack["model"], "init_args": init_args},
+    }
     grid = {
         "command": "fit",
         "config": "cell.yaml",
