@@ -296,7 +296,7 @@ def test_bad_texts_are_refused_in_one_sentence(toy, tmp_path, name, content, mes
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_settings_are_refused(toy, tmp_path, capsys):
+def test_bad_settings_are_refused(toy, tmp_path):
     with pytest.raises(UserError, match="`max_new_tokens` must be at least 1, got 0"):
         PredictionModule(str(toy / "model"), settings(toy), max_new_tokens=0)
     with pytest.raises(UserError, match=r"`max_length` must be from 1 to 121, .* got 122"):
@@ -305,14 +305,27 @@ def test_bad_settings_are_refused(toy, tmp_path, capsys):
             tmp_path,
             data=TextRowsData(str(toy / "model"), str(toy / "texts.jsonl"), max_length=122),
         )
-    class_paths = ["lightning_modules.PredictionModule", "datamodules.TextRowsData"]
-    words = ["--model", class_paths[0], "--model.model_name", str(toy / "model")]
-    words += ["--data", class_paths[1], "--data.model_name", str(toy / "model")]
-    words += ["--data.source", str(toy / "texts.jsonl")]
-    assert main(["predict", *words, "--run_dir", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert "guard" in error
-    assert error.count("\n") == 1
+    with pytest.raises(UserError, match="`of` must be a data module of an evaluation, got Light"):
+        ItemTextsData(lightning.LightningDataModule())
+
+
+def test_what_is_missing_is_one_line(toy, tmp_path, capsys):
+    def error_of(module, data, command="predict"):
+        words = [f"--model=lightning_modules.{module}", f"--model.model_name={toy / 'model'}"]
+        words += [f"--data=datamodules.{data}", f"--data.model_name={toy / 'model'}"]
+        if data == "TextRowsData":
+            words.append(f"--data.source={toy / 'texts.jsonl'}")
+        if module == "PredictionModule" and command == "test":
+            words += ["--model.guard.hook_point", HOOK_POINT, "--model.guard.sae", "unused"]
+        assert main([command, *words, "--run_dir", str(tmp_path / "run")]) == 2
+        assert not (tmp_path / "run").exists()
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "guard.hook_point" in error_of("PredictionModule", "TextRowsData")
+    assert "predict" in error_of("EvaluationModule", "TextRowsData")
+    assert "test_step" in error_of("PredictionModule", "TextRowsData", "test")
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
