@@ -80,7 +80,8 @@ def case(known):
     family, *rest = known
     # Else the many models of one class would be too many to compile, and all of them run eagerly.
     torch.compiler.reset()
-    return Case(family, build(family), *rest)
+    yield Case(family, build(family), *rest)
+    torch.compiler.reset()
 
 
 def logits(model: nn.Module) -> Tensor:
