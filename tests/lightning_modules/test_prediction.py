@@ -317,6 +317,7 @@ def test_what_is_missing_is_one_line(toy, tmp_path, capsys):
             words.append(f"--data.source={toy / 'texts.jsonl'}")
         if module == "PredictionModule" and command == "test":
             words += ["--model.guard.hook_point", HOOK_POINT, "--model.guard.sae", "unused"]
+            words += ["--model.guard.artifact", str(toy / "guard")]
         assert main([command, *words, "--run_dir", str(tmp_path / "run")]) == 2
         assert not (tmp_path / "run").exists()
         error = capsys.readouterr().err
