@@ -9,6 +9,8 @@ from dsg.recipes import GuardSettings
 from dsg.sae import check_sae_name
 from lightning_modules.loading import ADAPTER_CONFIG, adapter_base
 
+_COUNTS = ("batch_size", "train_batch_size", "max_length", "max_texts")
+
 
 def check_inputs(module: Any, data: Any) -> None:
     """Refuse what can be seen from names and settings alone.
@@ -25,6 +27,10 @@ def check_inputs(module: Any, data: Any) -> None:
         for name in ("model_name", "base_model_name"):
             if value := getattr(part, name, None):
                 check_folder(name, value)
+        for name in _COUNTS:
+            value = getattr(part, name, None)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"`{name}` must be at least 1, got {value}; raise it.")
     _check_same_model(module, data)
     settings = getattr(module, "guard_settings", None)
     if settings is not None:

@@ -14,7 +14,13 @@ def check_json(path: Path | None) -> None:
     Raises:
         UserError: It lies in no folder, or is one.
     """
-    if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
+    if path is None:
+        return
+    try:
+        fits = path.absolute().parent.is_dir() and not path.is_dir()
+    except OSError:  # a name that is too long
+        fits = False
+    if not fits:
         raise UserError(f"--json must be a file in an existing folder, got {path}; create it.")
 
 
