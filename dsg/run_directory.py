@@ -34,6 +34,16 @@ def is_rank_zero() -> bool:
     return True
 
 
+def check_ranks() -> None:
+    """Refuses a rank that is no number: libraries read it as they are imported, and break.
+
+    Raises:
+        UserError: The environment holds one.
+    """
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        _rank(name)
+
+
 def _rank(name: str) -> int:
     value = os.environ.get(name, "0")
     if not value.isdecimal():

@@ -61,7 +61,7 @@ def test_a_bad_command_line_is_one_sentence(words, here, capsys):
 @pytest.mark.parametrize(
     ("environment", "words", "status", "expected"),
     [
-        ({"RANK": "abc"}, "report w/missing", 2, "w/missing"),
+        ({"RANK": "abc"}, "report w/run", 2, "variable RANK must be the number of a rank"),
         ({"RANK": "abc"}, "test -c w/base.yaml", 2, "variable RANK must be the number of a rank"),
         ({"LOCAL_RANK": "x"}, "test -c w/base.yaml", 2, "variable LOCAL_RANK must be the number"),
         ({"PYTHONIOENCODING": "ascii"}, "test --help", 0, ""),

@@ -190,7 +190,7 @@ CONFIGURATIONS: dict[str, str] = {
     f"{_BASE} {_DATA}.batch_size 0": "`batch_size` must be at least 1, got 0; raise it.",
     f"{_BASE} {_DATA}.batch_size -4": "`batch_size` must be at least 1, got -4; raise it.",
     f"{_BASE} {_DATA}.batch_size automatic": "`data.init_args.batch_size` must be a whole number or 'auto', got",
-    f"{_BASE} {_DATA}.max_length 0": "every prompt with its options must fit into 0 tokens, but question",
+    f"{_BASE} {_DATA}.max_length 0": "`max_length` must be at least 1, got 0; raise it.",
     f"{_BASE} {_DATA}.max_length 3": "every prompt with its options must fit into 3 tokens, but question",
     f"{_BASE} {_DATA}.keep w/missing.json": "`keep` must be the questions.json of a question-filter run, or that run's",
     f"{_BASE} {_DATA}.keep w/fifo.json": "`keep` must be the questions.json of a question-filter run, or that run's",
