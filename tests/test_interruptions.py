@@ -219,7 +219,7 @@ def interrupt(server: Server, kind: str, moments: int) -> None:
             num_ended += 1
             finish(server, kind, name)
         assert contents(server, kind, name) == expected, f"after {delay:.2f} s, signal {sent}"
-    assert num_ended > moments / 2
+    assert num_ended >= moments // 2, "most runs ended before the signal came"
 
 
 @pytest.mark.parametrize("kind", ["attack", "cache"])
