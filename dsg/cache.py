@@ -62,11 +62,14 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
         ) from error
     try:
         folder = root / name
-        if folder.exists():
+        if folder.exists() or folder.is_symlink():
             if _is_sound(folder):
                 return folder
             _log.warning("%s is damaged and is built again.", folder)
-            shutil.rmtree(folder)
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder)
+            else:
+                folder.unlink()
         _remove_dead_drafts(root, name)
         draft = root / _DRAFT.format(name)
         try:

@@ -110,3 +110,12 @@ def test_an_unwritable_cache_is_explained(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("DSG_CACHE", str(blocked))
     with pytest.raises(UserError, match=r"cannot be written .* set DSG_CACHE"):
         cached_folder("thing", Builder())
+
+
+def test_an_entry_that_is_no_folder_is_built_again() -> None:
+    build = Builder()
+    cache_directory().mkdir(parents=True)
+    (cache_directory() / "file").write_text("no folder")
+    (cache_directory() / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        assert (cached_folder(name, build) / "inner" / "weights").is_file()
