@@ -111,7 +111,7 @@ class Unfailing(Logger):
 
     def _define(self, names: set[str]) -> None:
         for name in sorted(names - self._on_epochs):
-            self._inner.experiment.define_metric(name, step_metric=f"{self._prefix}epoch")
+            self.experiment.define_metric(name, step_metric=f"{self._prefix}epoch")
         self._on_epochs |= names
 
     def _try(self, action: Callable[[], Any]) -> Any:

@@ -118,7 +118,7 @@ def test_the_logger_gets_what_the_rows_say(toy, tmp_path):
     for line in lines[1:]:
         fields = dict(zip(header, line.split(","), strict=True))
         if fields["val/forget/guard_on/accuracy"]:
-            logged[int(fields["step"])] = fields
+            logged[float(fields["epoch"])] = fields
     assert sorted(logged) == [0, 1, 2]
     for row in rows:
         if row["metric"] == "accuracy" and row["protocol"] == "cloze":
