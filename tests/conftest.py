@@ -9,6 +9,8 @@ from tests import helpers
 
 # W&B reads it once per process, when any library imports it first.
 os.environ["WANDB_MODE"] = "offline"
+# Of commands that tests start; several of them run at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

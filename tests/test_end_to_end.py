@@ -104,8 +104,8 @@ def test_two_ranks_test_like_one(tmp_path: Path) -> None:
         for row in rows
         if (row["metric"], row["protocol"], row["guard"]) == ("accuracy", "cloze", "on")
     }
-    questions = Counter(q.domain for q in TinyWorldTexts(0, "pathogen").questions("test"))
-    assert counts == dict(questions)
+    asked = {(q.domain, q.fact) for q in TinyWorldTexts(0, "pathogen").questions("test")}
+    assert counts == Counter(domain for domain, _ in asked)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["world_size"] == 2
 
 
