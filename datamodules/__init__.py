@@ -1,13 +1,13 @@
 """Lightning data modules, one data-set family per file."""
 
 from datamodules.mt_bench import MtBenchData
-from datamodules.multiple_choice import MultipleChoiceData
+from datamodules.multiple_choice.data import MultipleChoiceData
 from datamodules.muse import MuseData
-from datamodules.predictions import ItemTextsData, TextRowsData
-from datamodules.pretraining import TinyWorldCorpus
-from datamodules.text_files_data import TextFilesCorpus, TextFilesData
-from datamodules.tiny_world_data import TinyWorldData, TinyWorldRequests
-from datamodules.tofu import TofuData
+from datamodules.parts.pretraining import TinyWorldCorpus
+from datamodules.predictions.data import ItemTextsData, TextRowsData
+from datamodules.text_files.data import TextFilesCorpus, TextFilesData
+from datamodules.tiny_world.data import TinyWorldData, TinyWorldRequests
+from datamodules.tofu.data import TofuData
 
 __all__ = [
     "ItemTextsData",

@@ -6,19 +6,19 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader
 
-from datamodules.corpora import Corpora, CorpusSettings
-from datamodules.loading import batch_loader, load_tokenizer
-from dsg.chat import chat_text
+from datamodules.parts.corpora import Corpora, CorpusSettings
+from datamodules.parts.loading import batch_loader, load_tokenizer
 from dsg.errors import UserError
-from dsg.hub import dataset_revision, load_rows, short_name
-from dsg.mt_bench.conversations import (
+from dsg.evaluation.benchmarks.mt_bench.conversations import (
     NAME,
     Conversation,
     ConversationBatch,
     read_conversations,
 )
-from dsg.splits import texts_digest
-from dsg.tokens import encode_texts, length_batches
+from dsg.io.hub import dataset_revision, load_rows, short_name
+from dsg.lm.chat import chat_text
+from dsg.lm.tokens import encode_texts, length_batches
+from dsg.selection.splits import texts_digest
 
 QUESTIONS = "HuggingFaceH4/mt_bench_prompts"
 

@@ -7,22 +7,22 @@ import lightning
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.benchmark_rows import Items, Split, half, numbered, read_texts, retain_parts
-from datamodules.guard_texts import selection_loader
-from datamodules.loading import BatchSize, load_tokenizer, passage_loader, prompt_loader
-from datamodules.training_text import (
+from datamodules.parts.guard_texts import selection_loader
+from datamodules.parts.loading import BatchSize, load_tokenizer, passage_loader, prompt_loader
+from datamodules.parts.rows import Items, Split, half, numbered, read_texts, retain_parts
+from datamodules.parts.training_text import (
     evenly,
     pair_loader,
     running_rows,
     training_loader,
     word_pieces,
 )
-from dsg import muse
 from dsg.errors import UserError
-from dsg.evaluation import Measurement
-from dsg.hub import dataset_revision, short_name
-from dsg.items import Passage, Prompt, Question, item_key
-from dsg.splits import describe_texts
+from dsg.evaluation.benchmarks import muse
+from dsg.evaluation.items import Passage, Prompt, Question, item_key
+from dsg.evaluation.summary import Measurement
+from dsg.io.hub import dataset_revision, short_name
+from dsg.selection.splits import describe_texts
 
 Task = Literal["evaluate", "select", "finetune", "unlearn", "relearn"]
 ForgetSet = Literal[

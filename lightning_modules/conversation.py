@@ -10,10 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.evaluation import Measurement
-from dsg.guard import Guard
-from dsg.item_scores import write_items
-from dsg.mt_bench.conversations import (
+from dsg.evaluation.benchmarks.mt_bench.conversations import (
     COLUMNS,
     NUM_TURNS,
     Conversation,
@@ -21,9 +18,9 @@ from dsg.mt_bench.conversations import (
     check_room,
     hold,
 )
-from dsg.mt_bench.grader import Grader
-from dsg.mt_bench.judge import JudgeSettings
-from dsg.mt_bench.scores import (
+from dsg.evaluation.benchmarks.mt_bench.grader import Grader
+from dsg.evaluation.benchmarks.mt_bench.judge import JudgeSettings
+from dsg.evaluation.benchmarks.mt_bench.scores import (
     Answers,
     Ratings,
     answer_rows,
@@ -31,15 +28,18 @@ from dsg.mt_bench.scores import (
     measure_generations,
     measure_ratings,
 )
-from dsg.per_sample import PerSample
-from dsg.recipes import GuardSettings
-from dsg.results import read_run_facts, row, write_atomically, write_results, write_run_facts
-from dsg.scoring import AnyGuard, Values
-from lightning_modules.guards import describe, make_guard, method_of
-from lightning_modules.loading import load_model, short_name
-from lightning_modules.measuring import Labels, metric_key
-from lightning_modules.precision import use_precision
-from lightning_modules.protocols import data_of
+from dsg.evaluation.gather import PerSample
+from dsg.evaluation.items_file import write_items
+from dsg.evaluation.scoring import AnyGuard, Values
+from dsg.evaluation.summary import Measurement
+from dsg.guard.guard import Guard
+from dsg.guard.recipes import GuardSettings
+from dsg.io.results import read_run_facts, row, write_atomically, write_results, write_run_facts
+from dsg.lm.pretrained import load_model, short_name
+from lightning_modules.parts.guards import describe, make_guard, method_of
+from lightning_modules.parts.measuring import Labels, metric_key
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.protocols import data_of
 
 CONVERSATION_DATA = ("name", "tokenizer", "conversations")
 

@@ -6,15 +6,15 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.guard import Guard
-from dsg.items import AnyBatch
-from dsg.recipes import GuardSettings
-from dsg.results import read_run_facts, write_run_facts
-from lightning_modules.guards import describe, make_guard, method_of
-from lightning_modules.loading import load_model, short_name
-from lightning_modules.measuring import Labels, Measurer
-from lightning_modules.precision import use_precision
-from lightning_modules.protocols import EVALUATION_DATA, Split, data_of
+from dsg.evaluation.items import AnyBatch
+from dsg.guard.guard import Guard
+from dsg.guard.recipes import GuardSettings
+from dsg.io.results import read_run_facts, write_run_facts
+from dsg.lm.pretrained import load_model, short_name
+from lightning_modules.parts.guards import describe, make_guard, method_of
+from lightning_modules.parts.measuring import Labels, Measurer
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.protocols import EVALUATION_DATA, Split, data_of
 
 
 class EvaluationModule(lightning.LightningModule):

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
 from dsg.errors import UserError
-from dsg.finite import finite_loss
-from dsg.objectives.likelihood import mean_nll, next_token_logits
-from dsg.tokens import TokenBatch
-from lightning_modules.distributed import exclude_frozen_from_ddp
-from lightning_modules.loading import load_plain_model
-from lightning_modules.precision import use_precision
-from lightning_modules.resuming import check_same_run, restore_rng, rng_states
-from lightning_modules.saving import keep_trainable, save_model_folder
+from dsg.lm.finite import finite_loss
+from dsg.lm.likelihood import mean_nll, next_token_logits
+from dsg.lm.pretrained import load_plain_model
+from dsg.lm.tokens import TokenBatch
+from dsg.lm.trainable import LORA_TARGETS, prepare_attack, trainable_weights
+from lightning_modules.parts.distributed import exclude_frozen_from_ddp
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.resuming import check_same_run, restore_rng, rng_states
+from lightning_modules.parts.saving import keep_trainable, save_model_folder
 
 
 class FinetuningModule(lightning.LightningModule):

@@ -9,19 +9,19 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.guard import Guard
-from dsg.items import PromptBatch
-from dsg.journal import FOLDER, Journal
-from dsg.prediction import Text, measure_predictions, predict_in_memory, prediction_rows
-from dsg.recipes import GuardSettings
-from dsg.results import read_run_facts, row, write_atomically, write_results, write_run_facts
-from dsg.row_files import write_parquet
-from dsg.splits import texts_digest
-from lightning_modules.guards import describe, make_guard, method_of
-from lightning_modules.loading import load_model, short_name
-from lightning_modules.measuring import Labels
-from lightning_modules.precision import use_precision
-from lightning_modules.protocols import data_of
+from dsg.evaluation.items import PromptBatch
+from dsg.evaluation.prediction import Text, measure_predictions, predict_in_memory, prediction_rows
+from dsg.guard.guard import Guard
+from dsg.guard.recipes import GuardSettings
+from dsg.io.journal import FOLDER, Journal
+from dsg.io.results import read_run_facts, row, write_atomically, write_results, write_run_facts
+from dsg.io.rows import write_parquet
+from dsg.lm.pretrained import load_model, short_name
+from dsg.selection.splits import texts_digest
+from lightning_modules.parts.guards import describe, make_guard, method_of
+from lightning_modules.parts.measuring import Labels
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.protocols import data_of
 
 PREDICTION_DATA = ("name", "tokenizer", "texts")
 PREDICTIONS = "predictions"

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_modules.saving import save_model_folder
+from lightning_modules.parts.saving import save_model_folder
 
 FINAL_LR_FRACTION = 0.05
 

@@ -7,28 +7,33 @@ from typing import Any, Protocol
 import lightning
 from transformers import PreTrainedModel
 
-from dsg.calibration import wilson
-from dsg.choices.permutations import RULES, VARIANTS
-from dsg.choices.prompts import ChoiceRow, rows_digest
-from dsg.choices.question_filter import FILTER_FILE, FilteredModel, filter_content, write_filter
 from dsg.errors import UserError
-from dsg.hooks import unwrap
-from dsg.items import Protocol as QuestionProtocol
-from dsg.items import QuestionBatch
-from dsg.journal import FOLDER, Journal
-from dsg.per_sample import score
-from dsg.results import row, write_results
-from lightning_modules.loading import load_model, short_name
-from lightning_modules.measuring import Labels
-from lightning_modules.precision import use_precision
-from lightning_modules.protocols import data_of
+from dsg.evaluation.benchmarks.multiple_choice.permutations import RULES, VARIANTS
+from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, rows_digest
+from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
+    FILTER_FILE,
+    FilteredModel,
+    filter_content,
+    write_filter,
+)
+from dsg.evaluation.gather import score
+from dsg.evaluation.items import Protocol as QuestionProtocol
+from dsg.evaluation.items import QuestionBatch
+from dsg.io.journal import FOLDER, Journal
+from dsg.io.results import row, write_results
+from dsg.lm.hooks import unwrap
+from dsg.lm.pretrained import load_model, short_name
+from dsg.selection.calibration import wilson
+from lightning_modules.parts.measuring import Labels
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.protocols import data_of
 
 
 class FilterData(Protocol):
     """All questions, and batches that hold each variant of each of them exactly once.
 
     The id of variant v of question i is `VARIANTS * i + v`, the sets' questions counted one set
-    after the other (`dsg.choices.permutations`).
+    after the other (`dsg.evaluation.benchmarks.multiple_choice.permutations`).
     """
 
     name: str
@@ -44,7 +49,7 @@ class QuestionFilterModule(lightning.LightningModule):
     """Asks every question in all 24 orders of its choices, with and without the question.
 
     Writes `questions.json` to the run directory: the keys of the questions that each rule of
-    `dsg.choices.permutations.kept_rows` keeps, with the model's identity and the hash of the data.
+    `kept_rows` keeps, with the model's identity and the hash of the data.
     The outcomes of each batch are on disk as soon as it is finished: a run that was killed goes on
     after it with `--resume`, on any number of ranks.
 

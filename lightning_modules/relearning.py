@@ -10,26 +10,26 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsg.attackers import Attacker, Task
-from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
-from dsg.drift import Drift
+from dsg.attacks import Attacker, Task
+from dsg.attacks.drift import Drift
 from dsg.errors import UserError
-from dsg.finite import finite_loss
-from dsg.forward import guarded
-from dsg.guard import Guard
-from dsg.hooks import unwrap
-from dsg.items import AnyBatch, PassageBatch
-from dsg.recipes import GuardSettings
-from dsg.tokens import TokenBatch
-from lightning_modules.distributed import exclude_frozen_from_ddp
-from lightning_modules.guards import make_guard, method_of, remaking_settings
-from lightning_modules.loading import load_model, load_plain_model, short_name
-from lightning_modules.measuring import Labels, Measurer
-from lightning_modules.precision import use_precision
-from lightning_modules.progress import Progress, require_whole_epochs
-from lightning_modules.protocols import EVALUATION_DATA, data_of, val_loaders
-from lightning_modules.resuming import check_same_run, restore_rng, rng_states
-from lightning_modules.saving import keep_trainable
+from dsg.evaluation.items import AnyBatch, PassageBatch
+from dsg.guard.forward import guarded
+from dsg.guard.guard import Guard
+from dsg.guard.recipes import GuardSettings
+from dsg.lm.finite import finite_loss
+from dsg.lm.hooks import unwrap
+from dsg.lm.pretrained import load_model, load_plain_model, short_name
+from dsg.lm.tokens import TokenBatch
+from dsg.lm.trainable import LORA_TARGETS, prepare_attack, trainable_weights
+from lightning_modules.parts.distributed import exclude_frozen_from_ddp
+from lightning_modules.parts.guards import make_guard, method_of, remaking_settings
+from lightning_modules.parts.measuring import Labels, Measurer
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.progress import Progress, require_whole_epochs
+from lightning_modules.parts.protocols import EVALUATION_DATA, data_of, val_loaders
+from lightning_modules.parts.resuming import check_same_run, restore_rng, rng_states
+from lightning_modules.parts.saving import keep_trainable
 
 
 class RelearningModule(lightning.LightningModule):

@@ -14,22 +14,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.features import Features, check_finite
-from dsg.guard import Guard
-from dsg.hooks import check_width, read_activations
-from dsg.identity import check_sae_place
-from dsg.making import calibrate_guard, draft_guard
-from dsg.ranks import FiringRanks, SweepPoint, sweep
-from dsg.recipes import GuardSettings, choose_features
-from dsg.results import row, write_atomically, write_results
-from dsg.sae import check_supported, describe_sae, load_sae, slice_features
-from dsg.splits import describe_texts, guard_texts
-from dsg.statistics import FeatureStatistics, batch_statistics
-from lightning_modules.distributed import add_over_ranks, gather_firing_ranks
-from lightning_modules.loading import load_model, short_name
-from lightning_modules.measuring import Labels
-from lightning_modules.precision import use_precision
-from lightning_modules.protocols import GUARD_DATA, SelectionBatch, data_of
+from dsg.guard.guard import Guard
+from dsg.guard.making import calibrate_guard, draft_guard
+from dsg.guard.recipes import GuardSettings, choose_features
+from dsg.guard.sweep import FiringRanks, SweepPoint, sweep
+from dsg.io.results import row, write_atomically, write_results
+from dsg.lm.hooks import check_width, read_activations
+from dsg.lm.identity import check_sae_place
+from dsg.lm.pretrained import load_model, short_name
+from dsg.sae.features import Features, check_finite
+from dsg.sae.loading import check_supported, describe_sae, load_sae, slice_features
+from dsg.selection.splits import describe_texts, guard_texts
+from dsg.selection.statistics import FeatureStatistics, batch_statistics
+from lightning_modules.parts.distributed import add_over_ranks, gather_firing_ranks
+from lightning_modules.parts.measuring import Labels
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.protocols import GUARD_DATA, SelectionBatch, data_of
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -11,26 +11,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsg.attacks import trainable_weights
 from dsg.errors import UserError
-from dsg.finite import finite_loss
-from dsg.items import AnyBatch
-from dsg.making import GuardMaker
+from dsg.evaluation.items import AnyBatch
+from dsg.guard.making import GuardMaker
+from dsg.guard.recipes import GuardSettings
+from dsg.guard.stack import GuardStack
+from dsg.lm.finite import finite_loss
+from dsg.lm.pretrained import load_plain_model, short_name
+from dsg.lm.reference import Reference
+from dsg.lm.trainable import trainable_weights
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import check_positive
-from dsg.recipes import GuardSettings
-from dsg.reference import Reference
-from dsg.stack import GuardStack
-from lightning_modules.distributed import exclude_frozen_from_ddp, leave_unwrapped
-from lightning_modules.guards import guard_maker, guard_of
-from lightning_modules.loading import load_plain_model, short_name
-from lightning_modules.measuring import Labels, Measurer
-from lightning_modules.precision import use_precision
-from lightning_modules.progress import Progress, require_whole_epochs
-from lightning_modules.protocols import GUARD_DATA, REQUEST_DATA, UnlearningBatch, data_of
-from lightning_modules.references import check_reference, make_reference
-from lightning_modules.resuming import check_same_run, described, restore_rng, rng_states
-from lightning_modules.saving import keep_trainable, load_guards, save_youngest
+from lightning_modules.parts.distributed import exclude_frozen_from_ddp, leave_unwrapped
+from lightning_modules.parts.guards import guard_maker, guard_of
+from lightning_modules.parts.measuring import Labels, Measurer
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.progress import Progress, require_whole_epochs
+from lightning_modules.parts.protocols import GUARD_DATA, REQUEST_DATA, UnlearningBatch, data_of
+from lightning_modules.parts.references import check_reference, make_reference
+from lightning_modules.parts.resuming import check_same_run, described, restore_rng, rng_states
+from lightning_modules.parts.saving import keep_trainable, load_guards, save_youngest
 
 
 class SequentialModule(lightning.LightningModule):

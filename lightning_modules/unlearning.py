@@ -7,29 +7,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsg.attacks import LORA_TARGETS, prepare_attack, trainable_weights
 from dsg.errors import UserError
-from dsg.finite import finite_loss
-from dsg.items import AnyBatch
+from dsg.evaluation.items import AnyBatch
+from dsg.io.results import read_run_facts, write_run_facts
+from dsg.lm.finite import finite_loss
+from dsg.lm.pretrained import load_plain_model, short_name
+from dsg.lm.reference import Reference
+from dsg.lm.trainable import LORA_TARGETS, prepare_attack, trainable_weights
 from dsg.objectives.objective import Objective
 from dsg.objectives.ssd import SSD, Importances
 from dsg.objectives.terms import check_positive
-from dsg.reference import Reference
-from dsg.results import read_run_facts, write_run_facts
-from lightning_modules.distributed import (
+from lightning_modules.parts.distributed import (
     add_tensors_over_ranks,
     exclude_frozen_from_ddp,
     leave_unwrapped,
 )
-from lightning_modules.loading import load_plain_model, short_name
-from lightning_modules.measuring import Labels, Measurer
-from lightning_modules.precision import use_precision
-from lightning_modules.progress import Progress, require_whole_epochs
-from lightning_modules.protocols import EVALUATION_DATA, UnlearningBatch, data_of
-from lightning_modules.references import ReferenceKind, check_reference, make_reference
-from lightning_modules.resuming import check_same_run, described, restore_rng, rng_states
-from lightning_modules.saving import keep_trainable, save_model_folder
-from lightning_modules.stopwatch import Stopwatch
+from lightning_modules.parts.measuring import Labels, Measurer
+from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.progress import Progress, require_whole_epochs
+from lightning_modules.parts.protocols import EVALUATION_DATA, UnlearningBatch, data_of
+from lightning_modules.parts.references import ReferenceKind, check_reference, make_reference
+from lightning_modules.parts.resuming import check_same_run, described, restore_rng, rng_states
+from lightning_modules.parts.saving import keep_trainable, save_model_folder
+from lightning_modules.parts.stopwatch import Stopwatch
 
 
 class UnlearningModule(lightning.LightningModule):

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dsg.choices.prompts import ChoiceRow, row_key
+from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, row_key
 from tests.helpers import tiny_model
 
 CHAT_TEMPLATE = (

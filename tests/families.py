@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsg.guard import Guard
+from dsg.guard.guard import Guard
 from tests.helpers import BOS, D_MODEL, EOS, PAD, VOCAB_SIZE
 
 WINDOW = 6

@@ -22,8 +22,12 @@ def import_everything() -> None:
     prepare_environment()
     import datamodules  # noqa: F401
     import lightning_modules  # noqa: F401
-    from dsg.cli import grid_cells, grid_run, text_demo, text_stages, world_demo  # noqa: F401
-    from dsg.cli.text_model import Sizes
+    from dsg.cli.demo import (
+        text_demo,
+        text_stages,
+        world_demo,  # noqa: F401
+    )
+    from dsg.cli.demo.text_model import Sizes
 
     small = {"vocab_size": 120, "d_model": 16, "num_layers": 3, "d_ff": 32, "repetitions": 2}
     text_demo.SIZES = Sizes(**small, max_rounds=1, d_sae=64, sae_samples=2_000)
@@ -36,8 +40,8 @@ def import_everything() -> None:
 
 def build_cache(name: str) -> int:
     """Builds a folder of the cache, slowly."""
-    from dsg.cache import cached_folder
     from dsg.cli.interrupts import interrupts_raised
+    from dsg.io.cache import cached_folder
 
     def build(folder: Path) -> None:
         for number in range(40):

@@ -6,8 +6,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from dsg.guard import Guard
-from dsg.sae import slice_features
+from dsg.guard.guard import Guard
+from dsg.sae.loading import slice_features
 from tests.helpers import HOOK_POINT
 
 LAYER = 1

@@ -4,7 +4,8 @@ import math
 import random
 from pathlib import Path
 
-from dsg.report.sidefiles import (
+from dsg.io.results import row, write_results, write_run_facts
+from dsg.report.files import (
     ChosenSettings,
     Densities,
     FeatureDescription,
@@ -13,7 +14,6 @@ from dsg.report.sidefiles import (
     write_features,
     write_settings,
 )
-from dsg.results import row, write_results, write_run_facts
 
 HOSTILE = "<script>alert('x')</script>"
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dsg.guard import Guard
+from dsg.guard.guard import Guard
 from tests.helpers import HOOK_POINT, standard_sae, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

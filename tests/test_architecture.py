@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("dsg", "lightning_modules", "datamodules")
 MAX_LINES = 400
 # Word lists of the embedded benchmark: data, which splitting would not make clearer.
-LONG_DATA = {"datamodules/tiny_world_words.py"}
+LONG_DATA = {"datamodules/tiny_world/words.py"}
 
 TOP_LEVEL = {
     *PACKAGES,
@@ -75,10 +75,10 @@ def test_import_directions(path):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("dsg/guard.py", "import lightning.pytorch as pl"),
-        ("dsg/guard.py", "def f():\n    from datamodules.tiny_world import World"),
-        ("dsg/guard.py", "from dsg import cli"),
-        ("dsg/guard.py", "from .cli.main import main"),
+        ("dsg/guard/guard.py", "import lightning.pytorch as pl"),
+        ("dsg/guard/guard.py", "def f():\n    from datamodules.tiny_world.world import World"),
+        ("dsg/guard/guard.py", "from dsg import cli"),
+        ("dsg/guard/guard.py", "from .cli.main import main"),
         ("dsg/report/html.py", "from ..cli import main"),
         ("dsg/__main__.py", "import lightning"),
         ("lightning_modules/evaluation.py", "import datamodules"),
@@ -92,7 +92,7 @@ def test_the_law_is_enforced(path, source):
 
 def test_what_the_law_allows():
     assert not violations("import lightning\nimport datamodules", "dsg/cli/world.py")
-    assert not violations("import lightning_utilities\nfrom . import sae", "dsg/guard.py")
+    assert not violations("import lightning_utilities\nfrom . import sae", "dsg/guard/guard.py")
     assert not violations("from dsg.cli.main import main", "dsg/__main__.py")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsg.cli.grid.overrides import value_at
 from dsg.cli.lightning_cli import RunCLI, run_name
-from dsg.grid.overrides import value_at
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))

@@ -14,12 +14,12 @@ import torch
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from datamodules.tiny_world import World
-from datamodules.tiny_world_texts import TinyWorldTexts
-from datamodules.tiny_world_words import DOMAINS
-from dsg.cli.benchmark import HOOK_POINT, ensure_benchmark
-from dsg.cli.world_demo import METHODS
-from dsg.results import read_results
+from datamodules.tiny_world.texts import TinyWorldTexts
+from datamodules.tiny_world.words import DOMAINS
+from datamodules.tiny_world.world import World
+from dsg.cli.demo.world_demo import METHODS
+from dsg.cli.tiny_world import HOOK_POINT, ensure_benchmark
+from dsg.io.results import read_results
 from tests.wandb_reader import read_history
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -125,7 +125,7 @@ def configurations(toy: Path) -> dict[str, Any]:
             "init_args": {"model_name": str(toy / "choices")},
         },
         "data": {
-            "class_path": "datamodules.multiple_choice.MultipleChoiceData",
+            "class_path": "datamodules.multiple_choice.data.MultipleChoiceData",
             "init_args": asked,
         },
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},

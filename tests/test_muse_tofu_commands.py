@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsg.cli.main import main
-from dsg.results import read_results
+from dsg.io.results import read_results
 from tests.benchmark_folders import write_muse, write_tofu
 from tests.hub_folders import write_gemma
 

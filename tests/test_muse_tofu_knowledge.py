@@ -3,8 +3,8 @@
 import pytest
 
 from datamodules.muse import MuseData
-from datamodules.tofu import TofuData
-from dsg.results import read_results
+from datamodules.tofu.data import TofuData
+from dsg.io.results import read_results
 from lightning_modules import EvaluationModule
 from lightning_modules.finetuning import FinetuningModule
 from tests.benchmark_folders import write_muse, write_tofu

@@ -3,7 +3,7 @@
 import pytest
 
 from datamodules.muse import MuseData
-from datamodules.tofu import TofuData
+from datamodules.tofu.data import TofuData
 from lightning_modules import EvaluationModule
 from tests.benchmark_folders import write_muse, write_tofu
 from tests.lightning_modules.toy import guard_settings, make_trainer, save_toy

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dsg.cli.main import main
-from dsg.results import read_results
+from dsg.io.results import read_results
 from tests.choice_data import choice_rows, save_choice_model, write_rows
 from tests.helpers import standard_sae
 

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.choice_rows import read_sets
-from dsg.choices.permutations import VARIANTS
-from dsg.choices.question_filter import FILTER_FILE, FilteredModel, filter_content, load_config
-from dsg.choices.subjects import expand_sets
+from datamodules.multiple_choice.rows import read_sets
 from dsg.cli.main import main
-from dsg.results import read_results, row, write_results
+from dsg.evaluation.benchmarks.multiple_choice.permutations import VARIANTS
+from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
+    FILTER_FILE,
+    FilteredModel,
+    filter_content,
+    load_config,
+)
+from dsg.evaluation.benchmarks.multiple_choice.subjects import expand_sets
+from dsg.io.results import read_results, row, write_results
 from tests.benchmark_folders import write_muse
 from tests.hub_folders import (
     write_bio_forget,

@@ -26,7 +26,7 @@ def resolve_benchmark(value: str) -> str:
             f"The embedded benchmark is named tiny_world:SEED/model or tiny_world:SEED/sae, "
             f"got {value!r}; mend the configuration."
         )
-    from dsg.cli.benchmark import ensure_benchmark
+    from dsg.cli.tiny_world import ensure_benchmark
 
     # Training it draws random numbers; a run must not depend on whether the cache was warm.
     with isolate_rng():

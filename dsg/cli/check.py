@@ -14,7 +14,7 @@ from dsg.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsg.check import Fit, Verdict
+    from dsg.sae.fit import Fit, Verdict
 
 DOES_NOT_FIT = 1  # exit status; 2 is a mistake of the user, as for every command
 # Texts about the benchmark's first hazard beside those of the distant domains.
@@ -95,15 +95,15 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from datamodules.loading import load_tokenizer
-    from dsg.check import check_fit, verdict
+    from datamodules.parts.loading import load_tokenizer
     from dsg.cli.lightning_cli import resolve_benchmark
     from dsg.cli.quiet import calm_libraries
-    from dsg.hooks import check_width, resolve_hook_point
-    from dsg.results import write_atomically
-    from dsg.sae import load_sae
-    from dsg.statistics import corpus_batches
-    from lightning_modules.loading import load_model
+    from dsg.io.results import write_atomically
+    from dsg.lm.hooks import check_width, resolve_hook_point
+    from dsg.lm.pretrained import load_model
+    from dsg.sae.fit import check_fit, verdict
+    from dsg.sae.loading import load_sae
+    from dsg.selection.statistics import corpus_batches
 
     calm_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +141,7 @@ def _texts(options: argparse.Namespace) -> list[str]:
     if options.text is not None:
         texts = [text for path in options.text for text in _passages(path)]
     elif seed is not None:
-        from datamodules.tiny_world_texts import TinyWorldTexts
+        from datamodules.tiny_world.texts import TinyWorldTexts
 
         world = TinyWorldTexts(seed, _FORGET_DOMAIN)
         texts = world.retain_texts() + world.forget_texts()
@@ -156,7 +156,7 @@ def _texts(options: argparse.Namespace) -> list[str]:
 
 
 def _passages(path: Path) -> list[str]:
-    from datamodules.text_files import paragraphs_of
+    from datamodules.text_files.files import paragraphs_of
 
     passages = [" ".join(words) for words in paragraphs_of(path) if words]
     if not passages:
@@ -179,7 +179,7 @@ def _table(fit: "Fit", options: argparse.Namespace) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from dsg import check
+    from dsg.sae import fit as check
 
     sae = f"{options.sae} {options.sae_id or ''}".strip()
     clamp = "–" if fit.clamp_ratio is None else f"{fit.clamp_ratio:.3g}"

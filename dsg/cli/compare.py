@@ -10,8 +10,8 @@ from dsg.cli.options import check_json, writing
 from dsg.errors import UserError
 
 if TYPE_CHECKING:
-    from dsg.compare import Comparison, Overlap
-    from dsg.paired import PairedTest
+    from dsg.evaluation.compare import Comparison, Overlap
+    from dsg.evaluation.paired import PairedTest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
     if (options.guard_a is None) != (options.guard_b is None):
         raise UserError("--guard_a and --guard_b must be given together, got only one; add it.")
     check_json(options.json)
-    from dsg.compare import choose, compare_runs
-    from dsg.results import write_atomically
+    from dsg.evaluation.compare import choose, compare_runs
+    from dsg.io.results import write_atomically
 
     guards = None if options.guard_a is None else (options.guard_a, options.guard_b)
     found, overlaps = compare_runs(options.first, options.second, guards)

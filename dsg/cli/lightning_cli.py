@@ -19,8 +19,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
-from dsg.atomic import remove_drafts
-from dsg.checkpoints import newest_checkpoint, read_checkpoint
 from dsg.cli.benchmark_names import map_strings, resolve_benchmark
 from dsg.cli.config_errors import one_line, one_sentence, user_error_behind
 from dsg.cli.config_files import check_config_files
@@ -42,9 +40,11 @@ from dsg.cli.tracking import (
 )
 from dsg.cli.trainer_settings import check_strategy, trainer_refusals
 from dsg.errors import UserError, check_seeds
-from dsg.journal import FOLDER as JOURNAL_FOLDER
-from dsg.results import read_run_facts, write_run_facts
-from dsg.run_directory import is_rank_zero, run_directory
+from dsg.io.atomic import remove_drafts
+from dsg.io.checkpoints import newest_checkpoint, read_checkpoint
+from dsg.io.journal import FOLDER as JOURNAL_FOLDER
+from dsg.io.results import read_run_facts, write_run_facts
+from dsg.io.run_directory import is_rank_zero, run_directory
 
 CONFIG_FILE = "config.yaml"
 # Defaults of every run; a configuration names only what differs. Loggers write into the run

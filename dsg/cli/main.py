@@ -13,7 +13,7 @@ from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.environment import prepare_environment
 from dsg.cli.interrupts import Terminated, interrupts_raised
 from dsg.errors import UserError, did_you_mean
-from dsg.run_directory import check_ranks, is_rank_zero
+from dsg.io.run_directory import check_ranks, is_rank_zero
 
 # What a shell reports for a process ended by Ctrl-C and by SIGTERM.
 INTERRUPTED, TERMINATED = 130, 143
@@ -70,9 +70,9 @@ def _lightning(command: str) -> Callable[[list[str]], int]:
     return run
 
 
-def _own(command: str) -> Callable[[list[str]], int]:
+def _own(command: str, home: str | None = None) -> Callable[[list[str]], int]:
     def run(arguments: list[str]) -> int:
-        module = import_module(f"dsg.cli.{command}")
+        module = import_module(f"dsg.cli.{home or command}")
         parser = _Parser(prog=f"dsg {command}", description=COMMANDS[command][0])
         module.add_arguments(parser)
         return module.run(parser.parse_args(arguments)) or 0
@@ -102,9 +102,18 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         _lightning("predict"),
     ),
     "check": ("say whether an SAE fits a model, before any experiment", _own("check")),
-    "demo": ("the whole loop on the embedded benchmark or on your own text", _own("demo")),
-    "bench": ("measure a guard's cost, and evaluation beside lm-evaluation-harness", _own("bench")),
-    "grid": ("tune, compare and attack methods over seeds, in parallel", _own("grid")),
+    "demo": (
+        "the whole loop on the embedded benchmark or on your own text",
+        _own("demo", "demo.command"),
+    ),
+    "bench": (
+        "measure a guard's cost, and evaluation beside lm-evaluation-harness",
+        _own("bench", "bench.command"),
+    ),
+    "grid": (
+        "tune, compare and attack methods over seeds, in parallel",
+        _own("grid", "grid.command"),
+    ),
     "compare": ("paired tests between two runs on the same items", _own("compare")),
     "report": ("write report.html from the results of a run", _report),
 }

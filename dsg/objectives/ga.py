@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from dsg.objectives.likelihood import mean_nll, next_token_logits
+from dsg.lm.likelihood import mean_nll, next_token_logits
+from dsg.lm.reference import Reference
+from dsg.lm.tokens import TokenBatch
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import Loss
-from dsg.reference import Reference
-from dsg.tokens import TokenBatch
 
 
 class GradientAscent(Objective):

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from dsg.objectives.likelihood import mean_nll, next_token_logits
+from dsg.lm.likelihood import mean_nll, next_token_logits
+from dsg.lm.reference import Reference
+from dsg.lm.tokens import TokenBatch
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import (
     Loss,
@@ -17,8 +19,6 @@ from dsg.objectives.terms import (
     retain_loss,
     weighted,
 )
-from dsg.reference import Reference
-from dsg.tokens import TokenBatch
 
 
 class GradDiff(Objective):

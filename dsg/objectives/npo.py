@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import nn
 
-from dsg.objectives.likelihood import mean_over_sequences, next_token_logits, sequence_nll
+from dsg.lm.likelihood import mean_over_sequences, next_token_logits, sequence_nll
+from dsg.lm.reference import Reference
+from dsg.lm.tokens import TokenBatch
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import (
     Loss,
@@ -21,8 +23,6 @@ from dsg.objectives.terms import (
     retain_loss,
     weighted,
 )
-from dsg.reference import Reference
-from dsg.tokens import TokenBatch
 
 
 class NPO(Objective):

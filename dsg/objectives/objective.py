@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import nn
 
+from dsg.lm.reference import Reference
+from dsg.lm.tokens import TokenBatch
 from dsg.objectives.terms import Loss
-from dsg.reference import Reference
-from dsg.tokens import TokenBatch
 
 
 class Objective(ABC):

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.objectives.likelihood import mean_kl, mean_nll, next_token_logits
+from dsg.lm.likelihood import mean_kl, mean_nll, next_token_logits
+from dsg.lm.reference import Reference
+from dsg.lm.tokens import TokenBatch
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import Loss, check_not_negative, check_positive, required
-from dsg.reference import Reference
-from dsg.tokens import TokenBatch
 
 
 class SCRUB(Objective):

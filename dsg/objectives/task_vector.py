@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.objectives.likelihood import mean_nll, next_token_logits
+from dsg.lm.likelihood import mean_nll, next_token_logits
+from dsg.lm.reference import Reference
+from dsg.lm.tokens import TokenBatch
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import Loss, check_not_negative
-from dsg.reference import Reference
-from dsg.tokens import TokenBatch
 
 
 class TaskVector(Objective):

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from dsg.io.results import read_results, write_atomically
 from dsg.report import charts, markup
 from dsg.report.cells import write_cells
 from dsg.report.charts import CurveMetric, Series
+from dsg.report.files import read_densities
 from dsg.report.headline import ATTACKS, findings
 from dsg.report.markup import Html
 from dsg.report.measurements import (
@@ -17,9 +19,7 @@ from dsg.report.measurements import (
 )
 from dsg.report.passages import passage_findings
 from dsg.report.provenance import LIMITS, facts_tables, features_table, settings_table
-from dsg.report.sidefiles import read_densities
 from dsg.report.tables import main_cells, main_tables, table_cell
-from dsg.results import read_results, write_atomically
 
 REPORT_FILE = "report.html"
 
@@ -34,7 +34,7 @@ def build_report(run_dir: str | Path) -> Path:
 
     Args:
         run_dir: Folder with `results.jsonl` and, if there, `run.json` and the files of
-            `dsg.report.sidefiles`.
+            `dsg.report.files`.
 
     Returns:
         Path of the page.

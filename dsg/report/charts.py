@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from dsg.metrics import CHANCE
+from dsg.evaluation.metrics import CHANCE
+from dsg.report.files import Densities
 from dsg.report.markup import Html
 from dsg.report.measurements import Cell, domain_name, method_name
-from dsg.report.sidefiles import Densities
 
 CurveMetric = Literal["accuracy", "perplexity"]
 

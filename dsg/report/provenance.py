@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsg.io.results import read_run_facts
 from dsg.report import markup
+from dsg.report.files import read_features, read_settings
 from dsg.report.markup import Html
 from dsg.report.measurements import method_name
-from dsg.report.sidefiles import read_features, read_settings
-from dsg.results import read_run_facts
 
 LIMITS = markup.bullets(
     (

@@ -8,7 +8,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from dsg.metrics import CHANCE, alignment
+from dsg.evaluation.metrics import CHANCE, alignment
+from dsg.io.results import read_results
 from dsg.report import markup
 from dsg.report.known import is_above_chance
 from dsg.report.markup import Html
@@ -19,7 +20,6 @@ from dsg.report.measurements import (
     interval_note,
     method_name,
 )
-from dsg.results import read_results
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import yaml
 
-from dsg.guard import Guard
-from dsg.sae import slice_features
+from dsg.guard.guard import Guard
+from dsg.sae.loading import slice_features
 from tests.choice_data import choice_rows, save_choice_model, write_rows
 from tests.helpers import D_MODEL, HOOK_POINT, WORDS, standard_sae
 from tests.report_data import write_run
@@ -154,7 +154,7 @@ def _write_configs(folder: Path) -> None:
             "init_args": {"model_name": MODEL},
         },
         "data": {
-            "class_path": "datamodules.multiple_choice.MultipleChoiceData",
+            "class_path": "datamodules.multiple_choice.data.MultipleChoiceData",
             "init_args": {
                 "model_name": MODEL,
                 "forget": ["w/forget.jsonl"],
@@ -177,7 +177,7 @@ def _write_configs(folder: Path) -> None:
         },
     }
     select["data"] = {
-        "class_path": "datamodules.multiple_choice.MultipleChoiceData",
+        "class_path": "datamodules.multiple_choice.data.MultipleChoiceData",
         "init_args": {**evaluation["data"]["init_args"], "task": "select"},
     }
     _write_yaml(folder / "select.yaml", select)
@@ -194,7 +194,7 @@ def _write_configs(folder: Path) -> None:
                 },
             },
             "data": {
-                "class_path": "datamodules.multiple_choice.MultipleChoiceData",
+                "class_path": "datamodules.multiple_choice.data.MultipleChoiceData",
                 "init_args": {**evaluation["data"]["init_args"], "task": "unlearn"},
             },
         },

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from datamodules.corpora import Corpus, CorpusSettings
 from datamodules.mt_bench import MtBenchData
+from datamodules.parts.corpora import Corpus, CorpusSettings
 from dsg.errors import UserError
 from tests.conversations import rows, save_chat_model, write_questions
 from tests.hub_folders import write_dataset

@@ -7,9 +7,9 @@ import torch
 
 from datamodules.muse import MuseData
 from dsg.errors import UserError
-from dsg.items import Prompt
-from dsg.results import read_results
-from dsg.splits import check_texts, guard_texts
+from dsg.evaluation.items import Prompt
+from dsg.io.results import read_results
+from dsg.selection.splits import check_texts, guard_texts
 from lightning_modules import EvaluationModule
 from tests.benchmark_folders import RAW_WORDS, sentence, write_muse
 from tests.helpers import BOS

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from dsg.errors import UserError
-from dsg.guard import Guard
+from dsg.guard.guard import Guard
 from tests.families import FAMILIES, Family, build, greedy, with_lora
 from tests.guard_reference import make_guard
 from tests.helpers import BOS, WORDS, random_ids, standard_sae, tiny_tokenizer

@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
+from dsg.io.results import row
 from dsg.report.outcome import outcome_table
-from dsg.results import row
 
 
 def shown(rows):

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import lightning
 import torch
 
-from dsg.attackers import Attacker, AttackLoss
-from dsg.attackers.task import next_token_loss
+from dsg.attacks import Attacker, AttackLoss
+from dsg.attacks.task import next_token_loss
 
 
 class Kill(lightning.Callback):

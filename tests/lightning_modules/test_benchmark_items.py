@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from datamodules.loading import passage_loader, prompt_loader, question_loader
-from dsg.evaluation import Measurement
-from dsg.item_scores import read_items
-from dsg.items import Prompt, Question, item_key
-from dsg.results import read_results
+from datamodules.parts.loading import passage_loader, prompt_loader, question_loader
+from dsg.evaluation.items import Prompt, Question, item_key
+from dsg.evaluation.items_file import read_items
+from dsg.evaluation.summary import Measurement
+from dsg.io.results import read_results
 from lightning_modules import EvaluationModule
-from tests.dsg.scoring_helpers import make_passages
+from tests.dsg.evaluation.scoring_helpers import make_passages
 from tests.helpers import tiny_model, tiny_tokenizer
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer, save_toy
 

@@ -8,16 +8,16 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from datamodules.mt_bench import MtBenchData
-from dsg.compare import compare_runs
 from dsg.errors import UserError
-from dsg.item_scores import read_items
-from dsg.mt_bench.conversations import hold
-from dsg.mt_bench.judge import JudgeSettings
-from dsg.recipes import GuardSettings
-from dsg.results import read_results, read_run_facts
+from dsg.evaluation.benchmarks.mt_bench.conversations import hold
+from dsg.evaluation.benchmarks.mt_bench.judge import JudgeSettings
+from dsg.evaluation.compare import compare_runs
+from dsg.evaluation.items_file import read_items
+from dsg.guard.recipes import GuardSettings
+from dsg.io.results import read_results, read_run_facts
 from lightning_modules.conversation import ConversationModule
 from tests.conversations import save_chat_model, write_questions
-from tests.dsg.scoring_helpers import tiny_guard
+from tests.dsg.evaluation.scoring_helpers import tiny_guard
 from tests.helpers import HOOK_POINT, tiny_model, tiny_tokenizer
 from tests.judge_server import Reply, judge_server
 from tests.lightning_modules.toy import make_trainer

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dsg.collate import passage_collate, question_collate
 from dsg.errors import UserError
-from dsg.evaluation import summarise
-from dsg.per_sample import score_all
-from dsg.results import read_results
+from dsg.evaluation.collate import passage_collate, question_collate
+from dsg.evaluation.gather import score_all
+from dsg.evaluation.summary import summarise
+from dsg.io.results import read_results
 from lightning_modules import EvaluationModule
 from tests.helpers import tiny_model, tiny_tokenizer
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer

@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from datamodules.tofu import TofuData
+from datamodules.tofu.data import TofuData
 from dsg.errors import UserError
-from dsg.tokens import TokenBatch
+from dsg.lm.pretrained import load_model
+from dsg.lm.tokens import TokenBatch
 from lightning_modules.finetuning import FinetuningModule, lr_factor
-from lightning_modules.loading import load_model
 from tests.benchmark_folders import write_tofu
 from tests.helpers import BOS, EOS, tiny_model
 from tests.lightning_modules.toy import ToyData, make_trainer, texts

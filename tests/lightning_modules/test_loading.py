@@ -11,14 +11,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from datamodules.loading import load_tokenizer
+from datamodules.parts.loading import load_tokenizer
 from dsg.errors import UserError
-from dsg.identity import ModelIdentity
-from dsg.results import read_run_facts
-from dsg.sae import load_sae
-from dsg.weights import ADAPTER_WEIGHTS
+from dsg.io.results import read_run_facts
+from dsg.lm.identity import ModelIdentity
+from dsg.lm.pretrained import load_model, short_name
+from dsg.lm.weights import ADAPTER_WEIGHTS
+from dsg.sae.loading import load_sae
 from lightning_modules import EvaluationModule
-from lightning_modules.loading import load_model, short_name
 from tests.families import FAMILIES, build
 from tests.helpers import standard_sae, tiny_model
 from tests.hub_folders import write_cache, write_gemma, write_gemma_scope

@@ -2,10 +2,10 @@
 
 import pytest
 
-from datamodules.corpora import Corpus, CorpusSettings
-from datamodules.multiple_choice import MultipleChoiceData
-from dsg.recipes import GuardSettings
-from dsg.results import read_results
+from datamodules.multiple_choice.data import MultipleChoiceData
+from datamodules.parts.corpora import Corpus, CorpusSettings
+from dsg.guard.recipes import GuardSettings
+from dsg.io.results import read_results
 from lightning_modules import EvaluationModule
 from tests.choice_data import choice_rows, save_choice_model, write_rows
 from tests.helpers import HOOK_POINT, standard_sae

@@ -5,16 +5,16 @@ import torch
 import yaml
 
 from dsg.cli.main import main
-from dsg.results import read_results, read_run_facts
-from lightning_modules.loading import load_model
+from dsg.io.results import read_results, read_run_facts
+from dsg.lm.pretrained import load_model
 from tests.helpers import BOS, tiny_model
 
 METHOD = '''
 from torch import nn
 
 from dsg.objectives import Loss, Objective
-from dsg.objectives.likelihood import mean_nll, next_token_logits, target_mask
-from dsg.tokens import TokenBatch
+from dsg.lm.likelihood import mean_nll, next_token_logits, target_mask
+from dsg.lm.tokens import TokenBatch
 
 
 class Uniform(Objective):

@@ -14,15 +14,15 @@ import torch
 import yaml
 
 from datamodules.mt_bench import MtBenchData
-from datamodules.predictions import ItemTextsData, TextRowsData
-from datamodules.tiny_world_data import TinyWorldData
+from datamodules.predictions.data import ItemTextsData, TextRowsData
+from datamodules.tiny_world.data import TinyWorldData
 from dsg.cli.main import main
 from dsg.errors import UserError
-from dsg.recipes import GuardSettings
-from dsg.results import read_results
+from dsg.guard.recipes import GuardSettings
+from dsg.io.results import read_results
 from lightning_modules.prediction import PredictionModule
 from tests.conversations import chat_tokenizer, save_chat_model, write_questions
-from tests.dsg.scoring_helpers import tiny_guard
+from tests.dsg.evaluation.scoring_helpers import tiny_guard
 from tests.helpers import EOS, HOOK_POINT, PAD, standard_sae, tiny_model, tiny_tokenizer
 from tests.lightning_modules.toy import make_trainer, texts
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from datamodules.multiple_choice import MultipleChoiceData
-from dsg.choices.permutations import VARIANTS
+from datamodules.multiple_choice.data import MultipleChoiceData
 from dsg.cli.main import main
 from dsg.errors import UserError
-from dsg.results import read_results
+from dsg.evaluation.benchmarks.multiple_choice.permutations import VARIANTS
+from dsg.io.results import read_results
 from lightning_modules import question_filter
 from lightning_modules.question_filter import QuestionFilterModule
 from tests.choice_data import (
@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on_where_it_was(toy, tmp_path):
             "init_args": {"model_name": str(toy / "model")},
         },
         "data": {
-            "class_path": "datamodules.multiple_choice.MultipleChoiceData",
+            "class_path": "datamodules.multiple_choice.data.MultipleChoiceData",
             "init_args": {
                 "model_name": str(toy / "model"),
                 "task": "filter",

@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from dsg.attackers import Attacker, AttackLoss, Evade, Task
+from dsg.attacks import Attacker, AttackLoss, Evade, Task
 from dsg.errors import UserError
-from dsg.results import read_results
+from dsg.io.results import read_results
 from lightning_modules import EvaluationModule, RelearningModule
 from tests.helpers import HOOK_POINT, tiny_model, tiny_tokenizer
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer
@@ -199,7 +199,7 @@ def test_an_attacker_is_named_in_a_configuration():
             "model_name": "m",
             "mode": "test_time",
             "guard": {"hook_point": HOOK_POINT, "sae": "s"},
-            "attacker": {"class_path": "dsg.attackers.Evade", "init_args": {"weight": 3.0}},
+            "attacker": {"class_path": "dsg.attacks.Evade", "init_args": {"weight": 3.0}},
         },
     }
     module = parser.instantiate_classes(parser.parse_object({"model": settings})).model

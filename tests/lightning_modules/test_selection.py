@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsg.build import build_guard
 from dsg.cli.main import main
 from dsg.errors import UserError
-from dsg.guard import Guard
-from dsg.results import read_results
-from dsg.sae import load_sae
-from dsg.splits import FORGET_FRACTIONS, split_by_hash
+from dsg.guard.build import build_guard
+from dsg.guard.guard import Guard
+from dsg.io.results import read_results
+from dsg.lm.pretrained import load_model
+from dsg.sae.loading import load_sae
+from dsg.selection.splits import FORGET_FRACTIONS, split_by_hash
 from lightning_modules import EvaluationModule, SelectionModule
-from lightning_modules.guards import make_guard
-from lightning_modules.loading import load_model
+from lightning_modules.parts.guards import make_guard
 from tests.helpers import HOOK_POINT, tiny_tokenizer
 from tests.lightning_modules.odd_texts import OddTexts
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer

@@ -3,9 +3,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dsg.errors import UserError
-from dsg.guard import Guard
+from dsg.guard.guard import Guard
+from dsg.io.results import read_results
 from dsg.objectives import NPO, RMU, SSD, TaskVector
-from dsg.results import read_results
 from lightning_modules import EvaluationModule, SequentialModule
 from tests.helpers import HOOK_POINT, tiny_model
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer, texts

@@ -6,7 +6,7 @@ all the runs together.
 
 import pytest
 
-from dsg.results import read_results
+from dsg.io.results import read_results
 from lightning_modules import EvaluationModule, RelearningModule, SequentialModule
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer
 

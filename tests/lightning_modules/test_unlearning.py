@@ -6,6 +6,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsg.errors import UserError
+from dsg.io.results import read_results, read_run_facts
+from dsg.lm.likelihood import mean_nll, next_token_logits
+from dsg.lm.pretrained import load_model, load_plain_model
 from dsg.objectives import (
     NPO,
     RMU,
@@ -16,10 +19,7 @@ from dsg.objectives import (
     SimNPO,
     TaskVector,
 )
-from dsg.objectives.likelihood import mean_nll, next_token_logits
-from dsg.results import read_results, read_run_facts
 from lightning_modules import EvaluationModule, RelearningModule, UnlearningModule
-from lightning_modules.loading import load_model, load_plain_model
 from tests.helpers import HOOK_POINT, tiny_model
 from tests.lightning_modules.toy import ToyData, make_trainer
 
@@ -183,7 +183,7 @@ def test_an_adapter_folder_is_evaluated_unmerged(adapter, tmp_path):
 def test_an_adapter_is_merged_before_an_attack(adapter, tmp_path, caplog, kind):
     _, run_dir = adapter
     attack = RelearningModule(str(run_dir / "model"), adapter=kind, lr=1e-2)
-    with caplog.at_level("WARNING", logger="lightning_modules.loading"):
+    with caplog.at_level("WARNING", logger="dsg.lm.pretrained"):
         make_trainer(tmp_path, max_epochs=1).fit(attack, ToyData())
     assert "is merged into its base model in float32" in caplog.text
     adapted = {name.split(".")[-3] for name, _ in attack.named_parameters() if "lora_" in name}

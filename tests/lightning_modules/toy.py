@@ -7,13 +7,13 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.resumable import ResumableLoader
-from datamodules.samplers import GlobalBatches
-from dsg.collate import passage_collate, question_collate
-from dsg.items import Passage, Question
-from dsg.recipes import GuardSettings
-from dsg.tokens import TokenBatch, length_batches, pad_sequences, padding_id, uncounted_token_ids
-from tests.dsg.scoring_helpers import make_passages, make_questions
+from datamodules.parts.resumable import ResumableLoader
+from datamodules.parts.samplers import GlobalBatches
+from dsg.evaluation.collate import passage_collate, question_collate
+from dsg.evaluation.items import Passage, Question
+from dsg.guard.recipes import GuardSettings
+from dsg.lm.tokens import TokenBatch, length_batches, pad_sequences, padding_id, uncounted_token_ids
+from tests.dsg.evaluation.scoring_helpers import make_passages, make_questions
 from tests.helpers import HOOK_POINT, standard_sae, tiny_model, tiny_tokenizer
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dsg.cli.main import main
-from tests.dsg.test_compare import question, two_runs, write
+from tests.dsg.evaluation.test_compare import question, two_runs, write
 
 
 @pytest.fixture(autouse=True)

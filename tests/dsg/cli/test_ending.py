@@ -13,11 +13,11 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from dsg.checkpoints import newest_checkpoint
 from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.interrupts import Terminated, interrupts_raised
 from dsg.cli.main import main
 from dsg.cli.run_parts import WholeCheckpoints
+from dsg.io.checkpoints import newest_checkpoint
 from tests.dsg.cli.tiny_runs import TinyData, TinyModule
 
 ROOT = Path(__file__).parents[3]
@@ -274,7 +274,7 @@ SAVING = """
 import resource, sys
 from pathlib import Path
 import torch
-from dsg.atomic import whole_file
+from dsg.io.atomic import whole_file
 from dsg.cli.disk_full import disk_full_behind
 from tests.helpers import tiny_model
 folder, model = Path(sys.argv[2]), tiny_model()

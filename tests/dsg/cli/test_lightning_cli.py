@@ -180,7 +180,7 @@ def test_embedded_benchmark_is_resolved_for_the_run_but_not_saved(write_config, 
         return Path("/cache") / str(seed)
 
     fake = types.SimpleNamespace(ensure_benchmark=ensure_benchmark)
-    monkeypatch.setitem(sys.modules, "dsg.cli.benchmark", fake)
+    monkeypatch.setitem(sys.modules, "dsg.cli.tiny_world", fake)
     seen = []
     monkeypatch.setattr(
         "tests.dsg.cli.tiny_runs.TinyModule.setup",

@@ -140,10 +140,10 @@ def test_report_without_directory_is_one_line(capsys):
 
 def test_demo_gets_its_parsed_arguments(monkeypatch):
     seen = []
-    fake = types.ModuleType("dsg.cli.demo")
+    fake = types.ModuleType("dsg.cli.demo.command")
     fake.add_arguments = lambda parser: parser.add_argument("--seeds", type=int, nargs="+")
     fake.run = lambda arguments: seen.append(arguments.seeds)
-    monkeypatch.setitem(sys.modules, "dsg.cli.demo", fake)
+    monkeypatch.setitem(sys.modules, "dsg.cli.demo.command", fake)
     monkeypatch.setattr(main_module.sys.modules["dsg.cli"], "demo", fake, raising=False)
     assert main(["demo", "--seeds", "0", "1"]) == 0
     assert seen == [[0, 1]]

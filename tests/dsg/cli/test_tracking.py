@@ -9,7 +9,7 @@ import wandb
 import yaml
 
 from dsg.cli.main import main
-from dsg.results import read_results
+from dsg.io.results import read_results
 from tests.lightning_modules.toy import guard_settings, save_toy
 from tests.wandb_reader import find_run_file, read_axes, read_history, read_run
 

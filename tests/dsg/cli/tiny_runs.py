@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dsg.atomic import write_atomically
 from dsg.errors import UserError
+from dsg.io.atomic import write_atomically
 
 
 class TinyModule(LightningModule):

@@ -6,7 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from dsg.attacks import prepare_attack
+from dsg.lm.likelihood import mean_nll, next_token_logits
+from dsg.lm.reference import AdapterOff, FrozenCopy
+from dsg.lm.trainable import prepare_attack
 from dsg.objectives import (
     NPO,
     RMU,
@@ -18,8 +20,6 @@ from dsg.objectives import (
     SimNPO,
     TaskVector,
 )
-from dsg.objectives.likelihood import mean_nll, next_token_logits
-from dsg.reference import AdapterOff, FrozenCopy
 from tests.dsg.objectives.toys import rows, token_batch, uncount
 from tests.helpers import BOS, tiny_model
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from dsg.errors import UserError
+from dsg.lm.reference import FrozenCopy
+from dsg.lm.tokens import TokenBatch
 from dsg.objectives.ga import GradientAscent
 from dsg.objectives.npo import NPO
 from dsg.objectives.terms import Loss
-from dsg.reference import FrozenCopy
-from dsg.tokens import TokenBatch
 from tests.dsg.objectives.toys import (
     REFERENCE_TABLE,
     TABLE,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dsg.attacks import prepare_attack
 from dsg.errors import UserError
+from dsg.lm.tokens import TokenBatch, pad_sequences
+from dsg.lm.trainable import prepare_attack
 from dsg.objectives.rmu import RMU, control_direction, masked_mse, trainable_names
-from dsg.tokens import TokenBatch, pad_sequences
 from tests.helpers import BOS, HOOK_POINT, PAD, tiny_model
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dsg.errors import UserError
+from dsg.lm.reference import FrozenCopy
 from dsg.objectives.scrub import SCRUB
-from dsg.reference import FrozenCopy
 from tests.dsg.objectives.toys import (
     TABLE,
     TableModel,

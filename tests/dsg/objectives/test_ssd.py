@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dsg.errors import UserError
-from dsg.objectives.likelihood import mean_nll, next_token_logits
+from dsg.lm.likelihood import mean_nll, next_token_logits
+from dsg.lm.tokens import TokenBatch
 from dsg.objectives.ssd import SSD, DiagonalFisher
-from dsg.tokens import TokenBatch
 from tests.dsg.objectives.toys import TABLE, TableModel, rows, token_batch
 from tests.helpers import BOS, PAD, tiny_model
 

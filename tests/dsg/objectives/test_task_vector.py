@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from dsg.attacks import prepare_attack
 from dsg.errors import UserError
-from dsg.objectives.likelihood import mean_nll, next_token_logits
+from dsg.lm.likelihood import mean_nll, next_token_logits
+from dsg.lm.trainable import prepare_attack
 from dsg.objectives.task_vector import TaskVector
 from tests.dsg.objectives.toys import TABLE, TableModel, hand_nlls, mean, token_batch
 from tests.helpers import BOS, tiny_model

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from dsg.tokens import TokenBatch, pad_sequences
+from dsg.lm.tokens import TokenBatch, pad_sequences
 from tests.helpers import BOS, PAD
 
 # Row i holds the probabilities of the token after token i; ids 0 and 2 are pad and bos.

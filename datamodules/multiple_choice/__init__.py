@@ -1,0 +1,1 @@
+"""WMDP, MMLU and files of the same fields."""

@@ -1,0 +1,1 @@
+"""What the data modules share: batches, training text, corpora."""

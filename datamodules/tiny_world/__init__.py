@@ -1,0 +1,1 @@
+"""The embedded benchmark's fictional world: words, facts, texts, attacks."""

@@ -1,0 +1,52 @@
+"""Reads a grid file with the parser of all other configurations, and checks what it names."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from dsg.cli.config_errors import one_sentence
+from dsg.cli.grid.file import Benchmark, Sweep, check_keys
+from dsg.cli.grid.overrides import Config, read_config
+from dsg.errors import UserError
+
+Grid = Sweep | Benchmark
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid file; one with `methods` is a benchmark, any other one a sweep.
+
+    Raises:
+        UserError: The file cannot be read, or what it says is wrong.
+    """
+    raw = read_config(path)
+    kind = Benchmark if "methods" in raw else Sweep
+    check_keys(raw)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, None)
+    try:
+        parsed: Any = parser.parse_path(str(path))
+    except argparse.ArgumentError as error:
+        raise UserError(f"The grid {str(path)!r}: {one_sentence(str(error), 'mend it')}") from None
+    return kind(**vars(parser.instantiate(parsed)))
+
+
+def named_configs(grid: Grid, path: Path) -> dict[str, Config]:
+    """The runnable configurations that a grid names, by the name that it uses.
+
+    Args:
+        grid: What the file says.
+        path: Where it lies; names are relative to its folder.
+
+    Raises:
+        UserError: One cannot be read.
+    """
+    return {name: read_config(path.parent / name) for name in _names(grid)}
+
+
+def _names(grid: Grid) -> Iterable[str]:
+    if isinstance(grid, Sweep):
+        return [grid.config]
+    return [entry.config for entry in (*grid.methods.values(), *grid.attacks.values())]

@@ -1,0 +1,279 @@
+"""The cells of a benchmark grid: tuning, then the chosen settings, then evaluation and attacks.
+
+Later cells depend on what earlier ones found, so each step reads the finished cells of the steps
+before it; what failed there has no later cells.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsg.cli.grid.cells import Cell
+from dsg.cli.grid.choosing import Choice, Try, best, validation_scores
+from dsg.cli.grid.file import EPOCHS_KEY, GUARD_KEY, LR_KEY, Benchmark, Method, split_mode
+from dsg.cli.grid.kinds import Kind, check_kinds, kind_of, quiet, tracked
+from dsg.cli.grid.overrides import Config, changed, combinations, label, value_at, with_seed
+from dsg.io.results import read_run_facts
+
+GUARDS_FILE = "guards.json"
+MODEL_FOLDER = "model"
+
+_PLACE = ("hook_point", "sae", "sae_id")
+_DOMAIN_KEY = "data.init_args.forget_domain"
+
+
+class Place(NamedTuple):
+    """One seed and the domain that is to be forgotten."""
+
+    seed: int
+    domain: str
+
+    def __str__(self) -> str:
+        return f"seed_{self.seed}/{self.domain}"
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What is attacked, how, and the cell that does it with one learning rate."""
+
+    place: Place
+    method: str
+    mode: str | None
+    attack: str
+    lr: float
+    cell: Cell
+
+
+class Plan:
+    """Cells of a benchmark grid.
+
+    Args:
+        benchmark: What the grid file says.
+        configs: The runnable configurations that it names, by the name that it uses.
+        name: Of the grid; groups the attacks in the tracker.
+
+    Raises:
+        UserError: Methods, attacks and configurations do not fit each other.
+    """
+
+    def __init__(self, benchmark: Benchmark, configs: Mapping[str, Config], name: str) -> None:
+        self.benchmark = benchmark
+        self.name = name
+        self.places = [Place(*pair) for pair in product(benchmark.seeds, benchmark.forget_domains)]
+        self._configs = configs
+        self.kinds: dict[str, Kind] = {
+            name: kind_of(configs[method.config]) for name, method in benchmark.methods.items()
+        }
+        check_kinds(benchmark, self.kinds)
+
+    def first(self) -> dict[str, tuple[str, Config]]:
+        """A command and a configuration of each kind of cell, to be checked before any is run."""
+        place = self.places[0]
+        found = {}
+        for name, method in self.benchmark.methods.items():
+            values = combinations(method.grid)[0]
+            command = "fit" if self.kinds[name] == "fit" else "test"
+            found[f"methods.{name}"] = (command, self._config(method, place, values))
+        for name in self.benchmark.attacks:
+            config = self._attack_config(place, self.base, None, name, 1.0)
+            found[f"attacks.{name}"] = ("fit", config)
+        return found
+
+    def tuning(self) -> list[Cell]:
+        """All tries on validation facts; the guards of a place share a cell."""
+        cells = []
+        for place in self.places:
+            if "guard" in self.kinds.values():
+                cells.append(self._guards(place))
+            for name in self._of_kind("fit"):
+                cells += [cell for _, cell in self._fit_tries(place, name)]
+        return cells
+
+    def unlearning(self, run_dir: Path) -> list[Cell]:
+        """The chosen settings of each method that changes weights, timed without evaluation."""
+        cells = [
+            self._chosen_fit(place, name, run_dir)
+            for place in self.places
+            for name in self._of_kind("fit")
+        ]
+        return [cell for cell in cells if cell is not None]
+
+    def evaluations(self, run_dir: Path) -> list[Cell]:
+        """Each method on test facts."""
+        cells = []
+        for place in self.places:
+            for name, method in self.benchmark.methods.items():
+                source = self._source(place, name, run_dir)
+                if source is None:
+                    continue
+                config = self._config(method, place, {})
+                if self.kinds[name] == "fit":
+                    base = self.benchmark.methods[self.base]
+                    config = changed(self._config(base, place, {}), self._model(source, place))
+                elif self.kinds[name] == "guard":
+                    config = changed(
+                        config, self._artifact(source, name, value_at(config, GUARD_KEY))
+                    )
+                config = changed(config, {"model.init_args.method": name, **quiet()})
+                after = [source.digest] if source.command != "test" else []
+                cells.append(Cell(f"{place}/evaluate/{name}", "test", config, after))
+        return cells
+
+    def attacks(self, run_dir: Path) -> list[Attacked]:
+        """Each attack with each learning rate, on test facts."""
+        found = []
+        for place, attacked in product(self.places, self.benchmark.attacked):
+            name, mode = split_mode(attacked)
+            source = self._source(place, name, run_dir)
+            if source is None:
+                continue
+            for attack, settings in self.benchmark.attacks.items():
+                for lr in settings.lr:
+                    config = self._attack_config(place, name, mode, attack, lr, source)
+                    cell_name = f"{place}/{attack}/{attacked}/lr={lr:g}"
+                    config = changed(config, tracked(self.name, cell_name))
+                    after = [source.digest] if source.command != "test" else []
+                    cell = Cell(cell_name, "fit", config, after)
+                    found.append(Attacked(place, name, mode, attack, lr, cell))
+        return found
+
+    def choice(self, place: Place, name: str, run_dir: Path) -> tuple[Choice, list[Try]] | None:
+        """What was chosen for a method and from which tries; None where tuning has failed.
+
+        A method without anything to try has an empty choice.
+        """
+        method = self.benchmark.methods[name]
+        if self.kinds[name] == "guard":
+            if not self._guards(place).is_finished(run_dir):
+                return None
+            found = self._found_guards(place, run_dir)[name]
+            tries = [(settings, scores) for settings, scores in found["tries"]]
+            chosen = Choice(found["chosen"], {}, 0)
+            return (best(tries) if tries else chosen), tries
+        if not (method.grid or method.epochs):
+            return Choice({}, {}, 0), []
+        tries = []
+        for values, cell in self._fit_tries(place, name):
+            if not cell.is_finished(run_dir):
+                return None
+            rows = cell.rows(run_dir)
+            for epoch in method.epochs or [self._default_epochs(method)]:
+                counted = {EPOCHS_KEY: epoch} if method.epochs else {}
+                tries.append(({**values, **counted}, validation_scores(rows, epoch)))
+        return best(tries), tries
+
+    def seconds(self, place: Place, name: str, run_dir: Path) -> float | None:
+        """How long it took to unlearn with the chosen settings, without choosing or evaluating."""
+        if self.kinds[name] == "guard" and self._guards(place).is_finished(run_dir):
+            return self._found_guards(place, run_dir)[name]["seconds"]
+        cell = self._chosen_fit(place, name, run_dir) if self.kinds[name] == "fit" else None
+        if cell is None or not cell.is_finished(run_dir):
+            return None
+        return read_run_facts(cell.folder(run_dir)).get("unlearn_seconds")
+
+    def _of_kind(self, kind: Kind) -> list[str]:
+        return [name for name, found in self.kinds.items() if found == kind]
+
+    @property
+    def base(self) -> str:
+        """The method that forgets nothing."""
+        return self._of_kind("base")[0]
+
+    def _config(self, method: Method, place: Place, values: Mapping[str, Any]) -> Config:
+        config = with_seed(self._configs[method.config], place.seed)
+        return changed(config, {**method.fixed, **values, _DOMAIN_KEY: place.domain})
+
+    def _guards(self, place: Place) -> Cell:
+        methods = {
+            name: {
+                "config": self._config(method, place, {}),
+                "grid": method.grid,
+                "settings_of": method.settings_of,
+            }
+            for name, method in self.benchmark.methods.items()
+            if self.kinds[name] == "guard"
+        }
+        return Cell(f"{place}/guards", "guards", methods)
+
+    def _found_guards(self, place: Place, run_dir: Path) -> dict[str, Any]:
+        file = self._guards(place).folder(run_dir) / GUARDS_FILE
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _fit_tries(self, place: Place, name: str) -> list[tuple[dict[str, Any], Cell]]:
+        method = self.benchmark.methods[name]
+        if not (method.grid or method.epochs):
+            return []
+        found = []
+        for values in combinations(method.grid):
+            epochs = {EPOCHS_KEY: max(method.epochs)} if method.epochs else {}
+            config = changed(self._config(method, place, {**values, **epochs}), quiet())
+            config = changed(config, {"data.init_args.val_split": "validation"})
+            found.append((values, Cell(f"{place}/tune/{name}/{label(values)}", "fit", config)))
+        return found
+
+    def _chosen_fit(self, place: Place, name: str, run_dir: Path) -> Cell | None:
+        found = self.choice(place, name, run_dir)
+        if found is None:
+            return None
+        config = self._config(self.benchmark.methods[name], place, found[0].settings)
+        config = changed(config, {"trainer.limit_val_batches": 0, **quiet()})
+        return Cell(f"{place}/unlearn/{name}", "fit", config)
+
+    def _source(self, place: Place, name: str, run_dir: Path) -> Cell | None:
+        """The finished cell that has made what a method is; the evaluation itself for the base."""
+        if self.kinds[name] == "base":
+            config = self._config(self.benchmark.methods[name], place, {})
+            return Cell(f"{place}/evaluate/{name}", "test", config)
+        guard = self.kinds[name] == "guard"
+        cell = self._guards(place) if guard else self._chosen_fit(place, name, run_dir)
+        return cell if cell is not None and cell.is_finished(run_dir) else None
+
+    def _attack_config(
+        self,
+        place: Place,
+        name: str,
+        mode: str | None,
+        attack: str,
+        lr: float,
+        source: Cell | None = None,
+    ) -> Config:
+        settings = self.benchmark.attacks[attack]
+        config = with_seed(self._configs[settings.config], place.seed)
+        values = {
+            "data.init_args.val_split": "test",
+            **settings.fixed,
+            **quiet(),
+            _DOMAIN_KEY: place.domain,
+            EPOCHS_KEY: self.benchmark.epochs,
+            LR_KEY: lr,
+            GUARD_KEY: None,
+            "model.init_args.mode": "none",
+            "model.init_args.method": name,
+        }
+        if source is not None and self.kinds[name] == "guard":
+            guard = self._config(self.benchmark.methods[name], place, {})
+            values |= self._artifact(source, name, value_at(guard, GUARD_KEY))
+            values["model.init_args.mode"] = mode or "test_time"
+            values |= settings.guarded
+        if source is not None and self.kinds[name] == "fit":
+            values |= self._model(source, place)
+        return changed(config, values)
+
+    def _model(self, source: Cell, place: Place) -> dict[str, Any]:
+        method = source.name.rsplit("/", 1)[-1]
+        base = self._config(self.benchmark.methods[method], place, {})
+        return {
+            "model.init_args.model_name": source.path(MODEL_FOLDER),
+            "model.init_args.base_model_name": value_at(base, "model.init_args.model_name"),
+        }
+
+    def _artifact(self, source: Cell, name: str, guard: Config) -> dict[str, Any]:
+        """The guard that was chosen: beside it only the place of its SAE means anything."""
+        place = {key: guard[key] for key in _PLACE if key in guard}
+        return {GUARD_KEY: {**place, "artifact": source.path(name)}}
+
+    def _default_epochs(self, method: Method) -> int:
+        return value_at(self._configs[method.config], EPOCHS_KEY) or 1

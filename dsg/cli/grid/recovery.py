@@ -1,0 +1,162 @@
+"""What the attacks of a grid bring back and what they destroy, at each attacker's best rate.
+
+What an attacker aims at are the facts that its text states, where a data set tells them from the
+others: the others may fall with the attack itself, which would hide what came back.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsg.attacks.recovery import accuracy_curve, area_under_recovery, best_over_lr, epochs_to_half
+from dsg.cli.grid.plan import Attacked, Place
+from dsg.errors import UserError
+from dsg.io.results import row
+
+DOMAINS = ("forget", "forget_shown", "forget_unshown")
+SHOWN, UNSHOWN = "forget_shown", "forget_unshown"
+AREA, HALF, COLLATERAL = "recovery_area", "epochs_to_half", "collateral_damage"
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The attacks of a grid, summed up.
+
+    Attributes:
+        rows: Result rows of the attackers' best runs; how much and how fast they recover; and the
+            collateral damage, see `collateral_damage`.
+        attempts: One line per attack and learning rate.
+    """
+
+    rows: Rows
+    attempts: list[dict[str, Any]]
+
+
+def sum_up(attacks: Sequence[Attacked], run_dir: Path, base: str) -> Recovery:
+    """Sum up the finished attacks.
+
+    The attacker's best learning rate is the one with the highest accuracy on what it aims at in the
+    end, as the model is served: with its guard, if it has one. An attacker with a failed cell is
+    left out: one with fewer tries would look weaker.
+
+    Args:
+        attacks: All attacks of the grid.
+        run_dir: Directory of the grid.
+        base: Method that has forgotten nothing; what it knows before its attack is there to be
+            recovered.
+    """
+    by_attacker: dict[tuple, list[Attacked]] = {}
+    for one in attacks:
+        attacker = (one.place, one.attack, one.method, one.mode)
+        by_attacker.setdefault(attacker, []).append(one)
+    known = {
+        (one.place, one.attack, one.lr): one.cell.rows(run_dir)
+        for one in attacks
+        if one.method == base and one.cell.is_finished(run_dir)
+    }
+    rows, attempts = [], []
+    for (place, attack, _, _), tries in by_attacker.items():
+        if not all(one.cell.is_finished(run_dir) for one in tries):
+            continue
+        found = {one.lr: one.cell.rows(run_dir) for one in tries}
+        method = tries[0].method
+        curves = {
+            lr: accuracy_curve(each, method=method, **_served(each)) for lr, each in found.items()
+        }
+        best = best_over_lr(curves)
+        rows += found[best.lr]
+        for one in tries:
+            base_rows = known.get((place, attack, one.lr), [])
+            measured = _measured(found[one.lr], base_rows)
+            attempts.append(_attempt(one, found[one.lr], measured, one.lr == best.lr))
+            if one.lr == best.lr:
+                damage = collateral_damage(found[one.lr], base_rows, is_base=method == base)
+                rows += measured + damage
+    return Recovery(rows, attempts)
+
+
+def collateral_damage(rows: Rows, base_rows: Rows, *, is_base: bool) -> Rows:
+    """The accuracy on facts not shown that an attack costs the weights, without any guard.
+
+    Of the model that has forgotten nothing it is what the attack takes from it. Of every other one
+    it is what that model under the same attack knows more: knowledge that is gone from the weights,
+    for which no guard can be credited. Weights that were changed to forget may also lack what is
+    still forgotten.
+
+    Args:
+        rows: Rows of one attack.
+        base_rows: Those of the model that has forgotten nothing, with the same learning rate.
+        is_base: Whether `rows` are of that very model.
+
+    Returns:
+        One row per method and state of the guard; none where no facts are told apart.
+    """
+    place = {"domain": UNSHOWN}
+    states = {found["guard"] for found in rows}
+    try:
+        weights = accuracy_curve(rows, guard="off" if "off" in states else "none", **place)
+        intact = weights[0] if is_base else accuracy_curve(base_rows, guard="none", **place)[-1]
+    except UserError:
+        return []
+    value = {"metric": COLLATERAL, "value": intact - weights[-1]}
+    return [_row(rows, **found, **place, **value) for found in _methods_and_states(rows)]
+
+
+def _measured(rows: Rows, base_rows: Rows) -> Rows:
+    """Area under the recovery and epochs to half of it, per domain and state of the guard."""
+    measured = []
+    for found in _methods_and_states(rows):
+        for domain in DOMAINS:
+            try:
+                curve = accuracy_curve(rows, **found, domain=domain)
+                known = accuracy_curve(base_rows, guard="none", domain=domain)[0]
+            except UserError:  # not every data set tells shown facts from others
+                continue
+            for metric, measure in ((AREA, area_under_recovery), (HALF, epochs_to_half)):
+                value = {"metric": metric, "value": measure(curve, known)}
+                measured.append(_row(rows, **found, domain=domain, **value))
+    return measured
+
+
+def _methods_and_states(rows: Rows) -> list[dict[str, str]]:
+    pairs = sorted({(found["method"], found["guard"]) for found in rows})
+    return [{"method": method, "guard": state} for method, state in pairs]
+
+
+def _row(rows: Rows, **fields: Any) -> dict[str, Any]:
+    """A row about the whole of an attack."""
+    whole = dict.fromkeys(("epoch", "n", "low", "high"))
+    return row(**{**rows[0], **whole, "protocol": "cloze", **fields})
+
+
+def _served(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """The columns of the accuracy that the attacker aims at, as users of the model see it."""
+    guarded = any(found["guard"] == "on" for found in rows)
+    told_apart = any(found["domain"] == SHOWN for found in rows)
+    return {"guard": "on" if guarded else "none", "domain": SHOWN if told_apart else "forget"}
+
+
+def _attempt(one: Attacked, rows: Rows, measured: Rows, is_best: bool) -> dict[str, Any]:
+    place: Place = one.place
+    served = {"method": one.method, **_served(rows)}
+    recovered = {
+        found["metric"]: found["value"]
+        for found in measured
+        if all(found[name] == value for name, value in served.items())
+    }
+    return {
+        "seed": place.seed,
+        "forget_domain": place.domain,
+        "method": one.method,
+        "mode": one.mode,
+        "attack": one.attack,
+        "lr": one.lr,
+        "facts": served["domain"],
+        "accuracy": accuracy_curve(rows, **served)[-1],
+        AREA: recovered.get(AREA),
+        HALF: recovered.get(HALF),
+        "best": is_best,
+    }

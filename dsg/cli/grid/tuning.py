@@ -1,0 +1,116 @@
+"""Choosing settings on the validation half: the same number of tries for every method."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.progress import track
+
+from dsg.cli.grid.choosing import Choice, Try, best
+from dsg.cli.grid.overrides import combinations
+from dsg.evaluation.gather import score_all
+from dsg.evaluation.items import Question, QuestionBatch
+from dsg.evaluation.metrics import alignment
+from dsg.guard.guard import Guard
+from dsg.guard.making import GuardMaker
+from dsg.guard.recipes import GuardSettings
+from dsg.selection.statistics import FeatureStatistics
+
+CLAMP_VALUE = -40.0  # about 0.7 of the residual norm; the accuracy hardly moves beyond -20
+
+# Twelve tries each.
+DSG_GRID = {
+    "ratio_percentile": [85.0, 90.0, 95.0],
+    "num_features": [20, 40],
+    "threshold_percentile": [95.0, 98.0],
+}
+FARRELL_GRID = {
+    "max_retain_frequency": [0.005, 0.02, 0.05],
+    "num_features": [20, 40],
+    "clamp_value": [-20.0, -40.0],
+}
+# Few features and a larger value, in proportion to the papers' -300 and -500.
+CLAMP_PRIME_GRID = {
+    "max_retain_frequency": [0.005, 0.02, 0.05],
+    "num_features": [5, 10],
+    "clamp_value": [-30.0, -60.0],
+}
+REFUSAL_GRID = {
+    "max_retain_frequency": [0.005, 0.02, 0.05],
+    "num_features": [10, 20],
+    "clamp_value": [-40.0, -100.0],
+}
+TRIGGER_LIMIT = 0.05  # Refusal Clamp's
+WINDOW_SIZE = 8  # a question has about a dozen tokens
+RMU_GRID = {"steering": [20.0, 60.0], "lr": [3e-3, 1e-2]}
+RMU_CLIPPING = 1.0  # of the gradient norm
+RMU_EPOCHS = 3  # the number of epochs is a setting too
+RMU_TARGET = "mlp."  # down projections alone forget far less on so small a model
+NUM_RANDOM_DRAWS = 5
+
+
+class GuardTuner:
+    """Compares guard settings by their accuracies on validation questions.
+
+    Args:
+        maker: Makes the guards.
+        forget: Statistics of the forget text.
+        questions: Validation questions of the domains `forget` and `retain`.
+        batches: The same questions.
+    """
+
+    def __init__(
+        self,
+        maker: GuardMaker,
+        forget: FeatureStatistics,
+        questions: Sequence[Question],
+        batches: Sequence[QuestionBatch],
+    ) -> None:
+        self._maker = maker
+        self._forget = forget
+        self._batches = batches
+        by_id = sorted(questions, key=lambda question: question.id)
+        self._rows = {
+            domain: [row for row, question in enumerate(by_id) if question.domain == domain]
+            for domain in ("forget", "retain")
+        }
+        self._base = self._accuracies(None)
+
+    def make(self, settings: GuardSettings) -> Guard:
+        """The guard of these settings."""
+        maker = copy.copy(self._maker)
+        maker.settings = settings
+        return maker.make(self._forget)
+
+    def choose(self, settings: GuardSettings, grid: dict[str, list[Any]]) -> Choice:
+        """The best of what `tries` compares."""
+        return best(self.tries(settings, grid))
+
+    def tries(self, settings: GuardSettings, grid: dict[str, list[Any]]) -> list[Try]:
+        """Try every combination of a grid.
+
+        Args:
+            settings: What stays fixed.
+            grid: Values to try, by the name of the setting.
+        """
+        found_by_try: list[Try] = []
+        # A grid asks for more features than some rule may leave; what was taken is in the guard.
+        logging.getLogger("dsg.selection.rules").setLevel(logging.ERROR)
+        for varied in track(combinations(grid), f"choosing {settings.method}", transient=True):
+            found = self._accuracies(self.make(replace(settings, **varied)))
+            score = alignment(
+                found["retain"], found["forget"], self._base["retain"], self._base["forget"]
+            )
+            validation = {
+                "alignment": score,
+                "forget_accuracy": found["forget"],
+                "retain_accuracy": found["retain"],
+            }
+            found_by_try.append((varied, validation))
+        return found_by_try
+
+    def _accuracies(self, guard: Guard | None) -> dict[str, float]:
+        correct = score_all(self._maker.model, self._batches, guard)["correct"]
+        return {domain: correct[rows].mean().item() for domain, rows in self._rows.items()}

@@ -1,0 +1,1 @@
+"""Items -> values -> numbers, gathered over ranks and compared."""

@@ -1,0 +1,1 @@
+"""The field's benchmarks, a file or folder each."""

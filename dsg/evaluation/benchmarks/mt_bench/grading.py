@@ -1,0 +1,185 @@
+"""Has answers judged, many at a time, and keeps every judgement on disk.
+
+A judgement is known by everything that decides it (`request_key`). What is on
+disk is not asked again, so a killed grading goes on where it stopped. Answers that are equal word
+for word, such as those of a guard that did not trigger and of the plain model, share theirs.
+"""
+
+import json
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsg.evaluation.benchmarks.mt_bench.judge import Judge, JudgeFailure, parse_rating
+from dsg.evaluation.benchmarks.mt_bench.prompts import Message
+
+_REMINDER = (
+    "Your reply held no rating. Reply with nothing but your rating from 1 to 10, in exactly this "
+    'form: "Rating: [[5]]".'
+)
+# Each failure has cost all its retries; an endpoint that is gone would take hours to fail.
+_GIVE_UP_AFTER = 10
+_NO_RATING = "no rating"
+_NOT_ASKED = "not asked, because the judge had failed too often in a row"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One judgement to be made.
+
+    Attributes:
+        key: All that decides it, see `dsg.evaluation.benchmarks.mt_bench.judge.request_key`.
+        messages: What the judge is sent.
+        seed: Tells repeats apart.
+        about: What is judged, for readers of the file.
+    """
+
+    key: str
+    messages: Sequence[Message]
+    seed: int
+    about: Mapping[str, Any]
+
+
+class Judgements:
+    """Ratings on disk, one JSON object per line; of a judgement that failed the reason.
+
+    Args:
+        path: The file; it need not exist. A line that a killed run has left half-written is
+            passed over.
+
+    Attributes:
+        ratings: Ratings by the requests' keys. Judgements that failed are not among them, so that
+            they are asked for again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.ratings: dict[str, float] = {}
+        self._path = path
+        content = path.read_bytes() if path.is_file() else b""
+        for line in content.splitlines():
+            try:
+                kept = json.loads(line)
+                if kept["rating"] is not None:
+                    self.ratings[kept["request"]] = float(kept["rating"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("A line of %s is no judgement and is passed over.", path.name)
+        self._mend = b"" if content.endswith(b"\n") or not content else b"\n"
+
+    def append(self, request: Request, judged: "Judged") -> None:
+        """Keep a judgement; it survives whatever happens afterwards."""
+        line = {**request.about, **vars(judged), "request": request.key}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.write(self._mend + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._mend = b""
+        if judged.rating is not None:
+            self.ratings[request.key] = judged.rating
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came of a request.
+
+    Attributes:
+        rating: In [1, 10]; None if the judge gave none.
+        reply: The last thing that the judge said.
+        asked: How often it was asked; 0 if it was given up before.
+        error: Why there is no rating; None if there is one.
+    """
+
+    rating: float | None
+    reply: str
+    asked: int
+    error: str | None
+
+
+def grade(
+    judge: Judge, requests: Sequence[Request], judgements: Judgements, max_attempts: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Make all judgements that are not on disk yet.
+
+    Args:
+        judge: Who is asked.
+        requests: What is asked; requests with the same key are made once.
+        judgements: What is known, and where the rest goes.
+        max_attempts: How often a judgement without a rating is asked for, in all. From the second
+            time on the judge sees its reply and is reminded of the form.
+
+    Returns:
+        The ratings by the requests' keys; and why the others have none, by theirs.
+    """
+    wanted = {request.key: request for request in requests}
+    missing = {key: r for key, r in wanted.items() if key not in judgements.ratings}
+    failures: dict[str, str] = {}
+    patience = _Patience()
+    logger.info("Of %d judgements %d are asked for.", len(wanted), len(missing))
+    with ThreadPoolExecutor(judge.concurrency) as pool:
+        futures: dict[Future[Judged], Request] = {
+            pool.submit(_judge_patiently, patience, judge, request, max_attempts): request
+            for request in missing.values()
+        }
+        try:
+            for future in as_completed(futures):
+                request, judged = futures[future], future.result()
+                if judged.asked:
+                    judgements.append(request, judged)
+                if judged.error is not None:
+                    failures[request.key] = judged.error
+        except BaseException:
+            # Ctrl-C must not wait for hundreds of requests; those under way end by themselves.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for reason, count in sorted(Counter(failures.values()).items()):
+        logger.warning("%d judgements failed: %s.", count, reason)
+    return {key: judgements.ratings[key] for key in wanted.keys() - failures.keys()}, failures
+
+
+def judge_one(judge: Judge, request: Request, max_attempts: int) -> Judged:
+    """Ask for one judgement until there is a rating, or it has been asked for often enough."""
+    messages, reply = list(request.messages), ""
+    for attempt in range(1, max_attempts + 1):
+        try:
+            reply = judge.reply(messages, request.seed)
+        except JudgeFailure as failure:
+            return Judged(None, reply, attempt, str(failure))
+        rating = parse_rating(reply)
+        if rating is not None:
+            return Judged(rating, reply, attempt, None)
+        if reply.strip():
+            said: Message = {"role": "assistant", "content": reply}
+            messages = [*request.messages, said, {"role": "user", "content": _REMINDER}]
+    return Judged(None, reply, max_attempts, _NO_RATING)
+
+
+class _Patience:
+    """Ends after too many requests in a row without any reply; shared by threads."""
+
+    def __init__(self) -> None:
+        self._failed_in_a_row = 0
+        self._lock = threading.Lock()
+
+    @property
+    def is_over(self) -> bool:
+        return self._failed_in_a_row >= _GIVE_UP_AFTER
+
+    def note(self, replied: bool) -> None:
+        with self._lock:
+            if not self.is_over:
+                self._failed_in_a_row = 0 if replied else self._failed_in_a_row + 1
+
+
+def _judge_patiently(
+    patience: _Patience, judge: Judge, request: Request, max_attempts: int
+) -> Judged:
+    if patience.is_over:
+        return Judged(None, "", 0, _NOT_ASKED)
+    judged = judge_one(judge, request, max_attempts)
+    patience.note(judged.error in (None, _NO_RATING))
+    return judged

@@ -1,0 +1,276 @@
+"""Turns per-sample values into the measurements of the report."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dsg.evaluation import metrics
+from dsg.evaluation.alignment import facts_of, measured_alignment
+from dsg.evaluation.fluency import gibberish_rate
+from dsg.evaluation.items import Item, Passage, Prompt, Question
+from dsg.evaluation.separation import total_variation, tpr_at_fpr
+from dsg.selection.calibration import wilson
+
+TIE_MARGIN = 1e-5  # float32 logits of one text differ by as much between paddings
+
+logger = logging.getLogger(__name__)
+
+_SEPARATION = {
+    "density_auroc": metrics.auroc,
+    "density_tpr_at_5_fpr": tpr_at_fpr,
+    "density_total_variation": total_variation,
+}
+
+AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of the report with its 95 % interval (`None` where there is none).
+
+    Attributes:
+        domain: What it was measured on.
+        metric: Such as `accuracy`; the names are those of the results file.
+        protocol: Of questions `cloze`, `lm_eval` or `dsg`, with a suffix where only some of them
+            or another rule is meant; `passages`; `generation`.
+        value: The number.
+        n: Items behind it; questions about one fact in several wordings count once.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
+
+    domain: str
+    metric: str
+    protocol: str
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+
+def summarise(
+    questions: Sequence[Question],
+    question_values: Mapping[str, Float[Tensor, " n"]],
+    passages: Sequence[Passage],
+    passage_values: Mapping[str, Float[Tensor, " m"]],
+    baseline: Mapping[str, Float[Tensor, " n"]] | None = None,
+    forget_domains: Sequence[str] = ("forget",),
+    prompts: Sequence[Prompt] = (),
+    prompt_values: Mapping[str, Float[Tensor, " k"]] | None = None,
+    own_nll: Float[Tensor, " k"] | None = None,
+) -> list[Measurement]:
+    """Turn per-sample values into measurements.
+
+    Args:
+        questions: The questions that were scored, in any order; all of one protocol.
+        question_values: Their values in the order of the question ids.
+        passages: The passages that were scored, in any order.
+        passage_values: Their values in the order of the passage ids.
+        baseline: Question values of the base model, for the alignment score.
+        forget_domains: The domains to be forgotten so far. If they are not named `forget`, they are
+            reported together under that name as well.
+        prompts: The prompts that were continued, in any order.
+        prompt_values: Their values in the order of the prompt ids.
+        own_nll: Loss of what the unguarded model says to the same prompts.
+
+    Returns:
+        Of each domain and pool: accuracy, in all and per form; of questions without a form also
+        the probability of the right answer, with letters the share of each and whether the accuracy
+        lies below chance; trigger rate; perplexity of passages; ROUGE-L, repetition, loss and
+        gibberish of continuations. How well the density tells forget from retain; alignment. What
+        was not measured is left out.
+    """
+    ordered = in_id_order(questions)
+    domains = _members(questions, forget_domains)
+    found: list[Measurement] = []
+    for domain, rows in domains.items():
+        found += _accuracies(domain, ordered, rows, question_values)
+        if ordered[rows[0]].form is None:
+            found += _benchmark(domain, ordered, rows, question_values)
+    if questions:
+        counts = {domain: _num_facts(ordered, rows) for domain, rows in domains.items()}
+        found += _gate(domains, question_values, questions[0].protocol, counts)
+    passage_domains = _members(passages, forget_domains)
+    for domain, rows in passage_domains.items():
+        losses = passage_values["nll_sum"][rows].tolist()
+        counts = [int(count) for count in passage_values["num_tokens"][rows]]
+        if sum(counts):
+            estimate = metrics.perplexity(losses, counts)
+            found.append(Measurement(domain, "perplexity", "passages", **vars(estimate)))
+    found += _gate(passage_domains, passage_values, "passages")
+    if prompt_values:
+        prompt_domains = _members(prompts, forget_domains)
+        for domain, rows in prompt_domains.items():
+            found += _continuations(domain, rows, prompt_values)
+            if own_nll is not None and not all(math.isnan(loss) for loss in own_nll[rows]):
+                rate = gibberish_rate(prompt_values["nll"][rows].tolist(), own_nll[rows].tolist())
+                found.append(Measurement(domain, "gibberish_rate", "generation", **vars(rate)))
+        found += _gate(prompt_domains, prompt_values, "generation")
+    if baseline is not None and {"forget", "retain"} <= domains.keys():
+        found.append(_alignment(ordered, domains, question_values, baseline))
+    return found
+
+
+def in_id_order(items: Sequence[AnyItem]) -> list[AnyItem]:
+    """The order in which per-sample values come."""
+    return sorted(items, key=lambda item: item.id)
+
+
+def named_twice(names: Iterable[tuple[str, str | None]]) -> set[str]:
+    """Domains that are the whole of a pool: what is told of the pool says all about them.
+
+    Args:
+        names: Domain and pool of each item.
+    """
+    members: dict[str, set[str]] = {}
+    for domain, pool in names:
+        members.setdefault(pool or domain, set()).add(domain)
+    alone = {next(iter(domains)) for pool, domains in members.items() if domains != {pool}}
+    return {domain for domain in alone if _only_pool(domain, members)}
+
+
+def _only_pool(domain: str, members: Mapping[str, set[str]]) -> bool:
+    return [domains for domains in members.values() if domain in domains] == [{domain}]
+
+
+def _alignment(
+    questions: Sequence[Question],
+    domains: Mapping[str, list[int]],
+    values: Mapping[str, Tensor],
+    baseline: Mapping[str, Tensor],
+) -> Measurement:
+    estimate = measured_alignment(
+        questions,
+        domains["retain"],
+        domains["forget"],
+        values["correct"],
+        baseline["correct"],
+        _chance(questions),
+    )
+    return Measurement("forget", "alignment", questions[0].protocol, **vars(estimate))
+
+
+def _chance(questions: Sequence[Question]) -> float:
+    return 1 / max(question.num_answers for question in questions)
+
+
+def _members(items: Sequence[Item], forget_domains: Sequence[str]) -> dict[str, list[int]]:
+    """Positions (in id order) of the items of each reported domain and pool."""
+    members: dict[str, list[int]] = {}
+    pooled: dict[str, list[int]] = {}
+    for position, item in enumerate(in_id_order(items)):
+        members.setdefault(item.domain, []).append(position)
+        if item.pool is not None:
+            pooled.setdefault(item.pool, []).append(position)
+        if item.domain in forget_domains:
+            pooled.setdefault("forget", []).append(position)
+        is_forget = item.domain in forget_domains or item.pool == "forget"
+        if is_forget and item.shown is not None:
+            part = "forget_shown" if item.shown else "forget_unshown"
+            pooled.setdefault(part, []).append(position)
+    return dict(sorted((members | pooled).items()))
+
+
+def _accuracies(
+    domain: str, questions: Sequence[Question], rows: list[int], values: Mapping[str, Tensor]
+) -> list[Measurement]:
+    protocol = questions[rows[0]].protocol
+    by_protocol = {protocol: rows}
+    for row in rows:
+        if questions[row].form is not None:
+            by_protocol.setdefault(f"{protocol}_{questions[row].form}", []).append(row)
+    num_ties = int((values["margin"][rows].abs() < TIE_MARGIN).sum())
+    if num_ties:
+        logger.warning(
+            "%d of %d questions of %r are ties: two options differ by less than %g nats.",
+            num_ties,
+            len(rows),
+            domain,
+            TIE_MARGIN,
+        )
+    return [
+        _proportion(
+            domain, "accuracy", protocol, values["correct"][members], _num_facts(questions, members)
+        )
+        for protocol, members in by_protocol.items()
+    ]
+
+
+def _benchmark(
+    domain: str, questions: Sequence[Question], rows: list[int], values: Mapping[str, Tensor]
+) -> list[Measurement]:
+    """What is told of a question set of the field beside its accuracy."""
+    protocol = questions[rows[0]].protocol
+    probability = metrics.bootstrap_mean(values["correct_probability"][rows].tolist())
+    found = [Measurement(domain, "correct_probability", protocol, **vars(probability))]
+    members = [questions[row] for row in rows]
+    n = _num_facts(questions, rows)
+    flag = metrics.below_chance(_mean(values["correct"][rows]) * n, n, _chance(members))
+    found.append(Measurement(domain, "below_chance", protocol, float(flag), n))
+    if protocol == "cloze":
+        return [
+            *found,
+            _proportion(domain, "accuracy", "cloze_plain", values["correct_plain"][rows], n),
+            _proportion(domain, "accuracy", "cloze_chars", values["correct_chars"][rows], n),
+        ]
+    places = range(max(question.num_answers for question in members))
+    shares = [(values["chosen"][rows] == place).double() for place in places]
+    found += [
+        _proportion(domain, f"chosen_{place}", protocol, share, n)
+        for place, share in zip(places, shares, strict=True)
+    ]
+    return found
+
+
+def _continuations(domain: str, rows: list[int], values: Mapping[str, Tensor]) -> list[Measurement]:
+    found = []
+    for metric in ("rouge_l", "rouge_l_recall", "repetition", "nll"):
+        known = [value for value in values[metric][rows].tolist() if not math.isnan(value)]
+        if known:
+            estimate = metrics.bootstrap_mean(known)
+            found.append(Measurement(domain, metric, "generation", **vars(estimate)))
+    return found
+
+
+def _gate(
+    domains: Mapping[str, list[int]],
+    values: Mapping[str, Tensor],
+    protocol: str,
+    counts: Mapping[str, int] | None = None,
+) -> list[Measurement]:
+    """Trigger rates and density AUROC; nothing if no guard was attached."""
+    if not domains or bool(values["density"].isnan().any()):
+        return []
+    counts = counts or {domain: len(rows) for domain, rows in domains.items()}
+    found = [
+        _proportion(domain, "trigger_rate", protocol, values["triggered"][rows], counts[domain])
+        for domain, rows in domains.items()
+    ]
+    if {"forget", "retain"} <= domains.keys():
+        high, low = (values["density"][domains[name]].tolist() for name in ("forget", "retain"))
+        sizes = counts["forget"], counts["retain"]
+        found += [
+            Measurement("forget", name, protocol, **vars(measure(high, low, sizes=sizes)))
+            for name, measure in _SEPARATION.items()
+        ]
+    return found
+
+
+def _proportion(domain: str, metric: str, protocol: str, outcomes: Tensor, n: int) -> Measurement:
+    """A share of the outcomes, with the interval of `n` independent ones."""
+    share = _mean(outcomes)
+    estimate = wilson(share * n, n)
+    return Measurement(domain, metric, protocol, share, n, estimate.low, estimate.high)
+
+
+def _num_facts(questions: Sequence[Question], rows: Sequence[int]) -> int:
+    return len(facts_of(questions, rows))
+
+
+def _mean(outcomes: Tensor) -> float:
+    return math.fsum(outcomes.tolist()) / len(outcomes)

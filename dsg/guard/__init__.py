@@ -1,0 +1,1 @@
+"""The guard: gate, edit, hooks, KV cache, stack, artifact, and how one is made."""

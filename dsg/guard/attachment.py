@@ -1,0 +1,212 @@
+"""Guards at work on a model."""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal, Self, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dsg.errors import UserError, check_choice
+from dsg.guard.calls import Calls
+from dsg.guard.following import Follower
+from dsg.guard.generation import Methods, guarded_methods
+from dsg.guard.panel import GuardLike, Panel, Policy
+from dsg.guard.wiring import Wiring, hook_removed
+from dsg.lm.hooks import check_width, decoder_of, resolve_hook_point, unwrap
+from dsg.lm.identity import num_embeddings
+
+DecisionRule = Literal["sequence", "prompt"]
+Continuation = Literal["running", "frozen"]
+
+_guarded_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_attaching = threading.RLock()
+
+
+def attach(
+    guards: Sequence[GuardLike],
+    model: nn.Module,
+    decision: DecisionRule = "sequence",
+    continuation: Continuation = "running",
+    policy: Policy = "own",
+) -> "Attachment":
+    """Guards a model from now on until the end of the `with` block that it opens.
+
+    Without a `with` block the model stays guarded until `detach`. A call that is still running in
+    another thread at the end, such as a streamer's, is guarded until it returns.
+
+    While attached, the model's forward pass takes two more keyword arguments, which it never sees:
+    `token_mask` (True for counted tokens) replaces the guards' own rule for the tokens of this
+    call, and `prompt_mask` (True for prompt tokens) says where the prompt ends.
+
+    Tokens that come with a filled KV cache continue what the cache holds; tokens without one begin
+    a new input. `generate` is followed where it keeps the rows of its dynamic cache in place:
+    greedy decoding and sampling. Everything else is refused before a token is produced.
+
+    Guards of one hook point read the same unedited stream; those of later layers read what earlier
+    ones have edited. With gradient checkpointing, call `backward` inside the block and before the
+    next forward pass. Several threads may call the model, also one that is compiled.
+
+    Args:
+        guards: Guards of one or several hook points, oldest first.
+        model: The language model, possibly wrapped by PEFT or DDP.
+        decision: `sequence`: a whole new input decides for all its positions. `prompt`: only its
+            prompt does (all of it without `prompt_mask`), and the rest is continuation.
+        continuation: `running`: each position after the prompt extends the counts, and once the
+            statistic exceeds the threshold the sequence stays triggered. `frozen`: the prompt's
+            decision holds for all that follows.
+        policy: Who edits a sequence. `own`: each guard whose gate is open. `any`: all guards, once
+            one gate is open; `majority`: all guards, once more than half of the gates are open.
+            Gates of layers that are yet to run have no vote.
+
+    Returns:
+        The attachment, a context manager, which tells the decisions of the last forward pass.
+
+    Raises:
+        UserError: Before any token, if a guard does not fit the model, the hook point does not
+            exist, or the model is already guarded; in a forward pass, if it cannot be guarded; at
+            the end, if somebody else has removed a hook.
+    """
+    attachment = Attachment(guards, model, decision, continuation, policy)
+    attachment._attach()
+    return attachment
+
+
+class Attachment:
+    """Guards at work on one model; made by `attach`, whose arguments it takes.
+
+    What it says about the last forward pass, of the thread that asks if it ran one, raises
+    `UserError` if there was none yet.
+    """
+
+    def __init__(
+        self,
+        guards: Sequence[GuardLike],
+        model: nn.Module,
+        decision: DecisionRule,
+        continuation: Continuation,
+        policy: Policy,
+    ) -> None:
+        check_choice("decision", decision, get_args(DecisionRule))
+        check_choice("continuation", continuation, get_args(Continuation))
+        check_choice("policy", policy, get_args(Policy))
+        if not guards:
+            raise UserError("`guards` must be at least one, got none; append a guard first.")
+        for guard in guards:
+            check_width(model, guard.features.d_in)
+            if guard.model is not None:
+                guard.model.check(model)
+        self._model, self._inner, decoder = model, unwrap(model), decoder_of(model)
+        layers = [self._layer(decoder, guard.hook_point) for guard in guards]
+        panel = Panel(guards, layers, policy, running=continuation == "running")
+        models = (model, self._inner)
+        self._wiring = Wiring(models, decoder, panel.layers)
+        self._calls = Calls(self._wiring.remove)
+        self._follower = Follower(
+            guards,
+            panel,
+            self._calls,
+            models,
+            decoder,
+            by_prompt=decision == "prompt",
+            check=self._check,
+        )
+        self._num_guards = len(guards)
+        self._vocabulary = num_embeddings(model)
+        self._methods: Methods = {}
+        self._entered = False
+
+    @property
+    def triggered(self) -> Bool[Tensor, " batch"]:
+        """Whether any guard was open to edit each sequence of the last forward pass."""
+        first, *rest = self._follower.last.acted.values()
+        return torch.stack([first, *(acted.to(first.device) for acted in rest)]).any(0)
+
+    @property
+    def density(self) -> Float[Tensor, " batch"]:
+        """Density of each sequence of the last forward pass, by the first guard, float64."""
+        return self._follower.last.evidence[0].density
+
+    @property
+    def statistic(self) -> Float[Tensor, " batch"]:
+        """The first guard's statistic of each sequence of the last forward pass, float64."""
+        return self._follower.last.evidence[0].statistic
+
+    @property
+    def decisions(self) -> list[Bool[Tensor, " batch"]]:
+        """Each guard's own decision about each sequence of the last forward pass."""
+        evidence = self._follower.last.evidence
+        return [evidence[index].triggered for index in range(self._num_guards)]
+
+    def repeat_sequences(self, cache: Any, repeats: int) -> None:
+        """Repeats each sequence of a KV cache, to continue one prompt in several ways.
+
+        See `CacheMemory.repeat`.
+        """
+        self._follower.memory.repeat(cache, repeats)
+
+    def __enter__(self) -> Self:
+        if self._entered or not self._calls.is_open:
+            raise UserError(
+                "an attachment must be entered once and before it is detached, got one that was "
+                "used; call `attached` again."
+            )
+        self._entered = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        intact = self._wiring.intact()
+        self.detach()
+        if not intact and kind is None:
+            raise hook_removed()
+
+    def detach(self) -> None:
+        """Takes the guard off the model; calls that are still running keep it until they return."""
+        with _attaching:
+            if not self._calls.is_open:
+                return
+            for name, method in self._methods.items():
+                if vars(self._inner).get(name) is method:
+                    del vars(self._inner)[name]
+            _guarded_models.discard(self._inner)
+            self._calls.close()
+
+    def _attach(self) -> None:
+        with _attaching:
+            self._wire()
+            _guarded_models.add(self._inner)
+            self._methods = guarded_methods(self._inner, self._calls, self._wire)
+            # They lie in front of the class's methods until `detach` takes them away.
+            vars(self._inner).update(self._methods)
+
+    def _wire(self) -> None:
+        if self._inner in _guarded_models:
+            raise UserError(
+                "`model` must carry no guard yet, but one is attached; leave its `with` block "
+                "first, or combine the guards in a GuardStack."
+            )
+        hooks = self._follower
+        self._wiring.put(
+            (hooks.before_model, hooks.after_model),
+            (hooks.before_decoder, hooks.after_decoder),
+            hooks.after_layer,
+        )
+
+    def _check(self) -> None:
+        self._wiring.check()
+        if num_embeddings(self._inner) != self._vocabulary:
+            raise UserError(
+                f"the model's vocabulary must stay at {self._vocabulary} tokens while a guard is "
+                f"attached, got {num_embeddings(self._inner)}; build a guard for the new model."
+            )
+
+    def _layer(self, decoder: nn.Module, hook_point: str) -> nn.Module:
+        layer = resolve_hook_point(self._model, hook_point)
+        if layer is decoder or layer not in set(decoder.modules()):
+            raise UserError(
+                f"`hook_point` must lie inside the decoder {type(decoder).__name__}, got "
+                f"{hook_point!r}; use one of its layers."
+            )
+        return layer

@@ -1,0 +1,201 @@
+"""Following the forward passes of a guarded model, hook by hook."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, SupportsIndex
+
+import torch
+from torch import nn
+
+from dsg.errors import UserError
+from dsg.guard.calls import Calls
+from dsg.guard.inputs import ForwardInputs, argument, pop_masks
+from dsg.guard.kv_cache import CacheMemory, past_length
+from dsg.guard.panel import ForwardPass, GuardLike, Panel
+from dsg.lm.compiled import never_compiled
+from dsg.lm.hooks import hidden_states, is_reading
+
+
+class Follower:
+    """What the hooks of an attached guard do.
+
+    They run as they are written and are never compiled: a graph would take the state of the thread
+    that it was traced in for a constant.
+
+    Args:
+        guards: The guards, oldest first.
+        panel: The same guards at their layers.
+        calls: The calls to follow.
+        models: The model as it was given, and the Hugging Face model inside it.
+        decoder: Its stack of decoder layers.
+        by_prompt: Whether only the prompt of a new input decides at once.
+        check: Called before each pass; raises where the model is no longer what it was.
+    """
+
+    def __init__(
+        self,
+        guards: Sequence[GuardLike],
+        panel: Panel,
+        calls: Calls,
+        models: Sequence[nn.Module],
+        decoder: nn.Module,
+        *,
+        by_prompt: bool,
+        check: Callable[[], None],
+    ) -> None:
+        self.memory = CacheMemory()
+        self._guards, self._panel, self._calls = list(guards), panel, calls
+        # Read once: buffers on an accelerator would make every forward pass wait for it.
+        self._uncounted_ids = [guard.uncounted_ids for guard in guards]
+        self._models, self._decoder = tuple(models), decoder
+        self._by_prompt, self._check = by_prompt, check
+        self._last: ForwardPass | None = None
+        self._trained: ForwardPass | None = None
+
+    @property
+    def last(self) -> ForwardPass:
+        """The last finished forward pass: of this thread, or else of any.
+
+        Raises:
+            UserError: If there was none.
+        """
+        last = self._calls.mine.last or self._last
+        if last is None:
+            raise UserError("decisions must be asked for after a forward pass; run one first.")
+        return last
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UserError(
+            "a model must not be copied or pickled while a guard is attached, whose hooks and "
+            "`generate` would stay those of the original; copy it first, and guard the copy."
+        )
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        self.__deepcopy__({})
+
+    @never_compiled
+    def before_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the model: checks it, and takes the guard's own arguments."""
+        if module not in self._models:
+            raise _replica(module)
+        if not self._calls.begin(module):
+            return args, kwargs
+        mine = self._calls.mine
+        mine.begun_at[module] = mine.num_passes
+        if not is_reading():
+            self._check()
+        for name in ("input_ids", "attention_mask"):
+            tensor = argument(module, name, args, kwargs)
+            mine.given |= {name: tensor} if tensor is not None else {}
+        mine.given |= pop_masks(kwargs)
+        return args, kwargs
+
+    @never_compiled
+    def after_model(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """After the model: an output in which the decoder had no part is refused."""
+        mine = self._calls.mine
+        # Also after an exception, when there is no output: masks must not reach the next call.
+        mine.given.clear()
+        begun_at = mine.begun_at.pop(module, None)
+        self._calls.end(module)
+        if output is not None and begun_at == mine.num_passes and not is_reading():
+            raise UserError(
+                "the decoder that a guard is attached to must run in each forward pass, but it did "
+                "not, so this output is unguarded; attach the guard before the model is compiled, "
+                "traced or wrapped, or call `torch.compiler.reset()` after attaching it."
+            )
+
+    @never_compiled
+    def before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the decoder: plans the pass."""
+        if module is not self._decoder:
+            raise _replica(module)
+        if not self._calls.begin(module):
+            return args, kwargs
+        mine = self._calls.mine
+        # A wrapper that calls `forward` directly skips `before_model`: the masks come this far.
+        given = mine.given | pop_masks(kwargs)
+        if not is_reading():
+            self._check()
+            mine.forward = self._plan(ForwardInputs.of(module, args, kwargs, given))
+        return args, kwargs
+
+    def _plan(self, inputs: ForwardInputs) -> ForwardPass:
+        counted = [
+            inputs.counted(uncounted_ids, guard.pad_id)
+            for guard, uncounted_ids in zip(self._guards, self._uncounted_ids, strict=True)
+        ]
+        earlier = self.memory.recall(inputs.cache, inputs.shape[0])
+        if earlier is not None and inputs.prompt_mask is not None:
+            raise UserError(
+                "`prompt_mask` must come with a new input, got one with a filled KV cache; leave "
+                "it out when continuing."
+            )
+        prompt = torch.ones(inputs.shape, dtype=torch.bool, device=inputs.device)
+        if self._by_prompt:
+            prompt = inputs.prompt(counted[0])
+        return ForwardPass(counted, prompt, earlier, past_length(inputs.cache) + inputs.shape[1])
+
+    @never_compiled
+    def after_layer(self, layer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        """After a guarded layer: its guards decide and write."""
+        h, forward = hidden_states(output), self._calls.mine.forward
+        recomputing = torch._C._current_graph_task_id() != -1
+        if is_reading() or not (recomputing or self._calls.is_following or self._calls.is_open):
+            return None
+        if recomputing and (forward is None or forward.finished):
+            # Perhaps in a thread of autograd's own, which has seen no forward pass.
+            forward = self._trained
+        elif forward is not None and forward.finished:
+            forward = None
+        if forward is None or forward.prompt.shape != h.shape[:2]:
+            raise UserError(
+                "a guarded layer must run inside its model's forward pass, but it ran alone; call "
+                "the model that the guard is attached to."
+            )
+        edited = self._panel.edit(forward, layer, h)
+        if edited is h:
+            return None
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    @never_compiled
+    def after_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """After the decoder: takes down what the pass has shown."""
+        mine = self._calls.mine
+        forward, following = mine.forward, self._calls.is_following
+        self._calls.end(module)
+        if is_reading() or forward is None or not following:
+            return
+        if output is None:  # after an exception
+            mine.forward = None
+            return
+        missing = [i for i in range(len(self._guards)) if i not in forward.evidence]
+        if missing:
+            raise UserError(
+                f"`hook_point` {self._guards[missing[0]].hook_point!r} must run in each forward "
+                "pass, but the model skipped it; choose a layer that always runs."
+            )
+        forward.finished = True
+        if torch.is_grad_enabled():
+            self._trained = forward
+        else:
+            forward.seen.clear()
+        self._last = mine.last = forward
+        mine.num_passes += 1
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            cache = argument(module, "past_key_values", args, kwargs)
+        evidence = [forward.evidence[index] for index in range(len(self._guards))]
+        self.memory.remember(cache, evidence, forward.num_positions)
+
+
+def _replica(module: nn.Module) -> UserError:
+    return UserError(
+        "a guarded model must run as it is, got a replica or a copy of its "
+        f"{type(module).__name__}; use DistributedDataParallel in the place of DataParallel."
+    )

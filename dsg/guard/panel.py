@@ -1,0 +1,223 @@
+"""Several guards in one forward pass: what each reads, how they decide, what is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dsg.errors import UserError
+from dsg.guard.edit import (
+    Clamp,
+    ClampScope,
+    ClampUnit,
+    Edit,
+    apply_clamps,
+    clamp_entries,
+    refusal_entries,
+)
+from dsg.guard.gate import Evidence, Gate, GateKind, decide, fired_tokens
+from dsg.lm.identity import ModelIdentity
+from dsg.sae.features import Features, check_finite
+
+Policy = Literal["own", "any", "majority"]
+
+
+class GuardLike(Protocol):
+    """What a model at work asks of a guard; see `dsg.guard.guard.Guard`."""
+
+    features: Features
+    gate: GateKind
+    rule: Gate
+    hook_point: str
+    pad_id: int | None
+    edit: Edit
+    clamp_scope: ClampScope
+    clamp_unit: ClampUnit
+    trigger_limit: float
+    model: ModelIdentity | None
+
+    @property
+    def num_selected(self) -> int:
+        """Number of selected features, on which the gate looks."""
+        ...
+
+    @property
+    def threshold(self) -> float:
+        """Statistic strictly above which a sequence is triggered."""
+        ...
+
+    @property
+    def written_value(self) -> float:
+        """What the edit writes."""
+        ...
+
+    @property
+    def uncounted_ids(self) -> list[int]:
+        """Token ids that never count."""
+        ...
+
+
+@dataclass
+class ForwardPass:
+    """One forward pass between its first and its last hook; lists are by guard.
+
+    What the layers add is assigned, not accumulated: activation checkpointing may run one twice.
+
+    Attributes:
+        counted: Counted tokens.
+        prompt: Prompt positions.
+        earlier: What the tokens in the KV cache said; None for a new input.
+        num_positions: Positions that the cache holds afterwards, padding included.
+        order: Layers with guards, as they ran.
+        evidence: What the tokens said, by index of the guard.
+        votes: Each guard's own decision at each position.
+        acted: Whether the guard was to edit the sequence.
+        seen: What each layer put out before any edit; kept for recomputing gradients only.
+        finished: Whether the decoder has returned.
+    """
+
+    counted: list[Tensor]
+    prompt: Bool[Tensor, "batch seq"]
+    earlier: list[Evidence] | None
+    num_positions: int
+    order: list[nn.Module] = field(default_factory=list)
+    evidence: dict[int, Evidence] = field(default_factory=dict)
+    votes: dict[int, Tensor] = field(default_factory=dict)
+    acted: dict[int, Tensor] = field(default_factory=dict)
+    seen: dict[nn.Module, Tensor] = field(default_factory=dict)
+    finished: bool = False
+
+
+class Panel:
+    """Guards at their layers.
+
+    Args:
+        guards: Guards, oldest first.
+        layers: The hook point of each.
+        policy: Who edits a sequence; see `dsg.guard.attachment.attach`.
+        running: Whether tokens after the prompt extend the evidence.
+
+    Raises:
+        UserError: If guards of one layer come from different SAEs.
+    """
+
+    def __init__(
+        self,
+        guards: Sequence[GuardLike],
+        layers: Sequence[nn.Module],
+        policy: Policy,
+        *,
+        running: bool,
+    ) -> None:
+        self.guards = list(guards)
+        self._policy, self._running = policy, running
+        self._at: dict[nn.Module, list[int]] = {layer: [] for layer in layers}
+        for index, layer in enumerate(layers):
+            for other in self._at[layer]:
+                check_same_sae(self.guards[other], self.guards[index])
+            self._at[layer].append(index)
+        # Read once: buffers on an accelerator would make every forward pass wait for it.
+        # No density is below 0: a token gate is a density gate that is always open.
+        self._thresholds = [-1.0 if g.gate == "token" else g.threshold for g in guards]
+        self._values = [guard.written_value for guard in guards]
+        self._features = [guard.features for guard in guards]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Layers with guards."""
+        return list(self._at)
+
+    def edit(
+        self, forward: ForwardPass, layer: nn.Module, h: Float[Tensor, "batch seq d_in"]
+    ) -> Float[Tensor, "batch seq d_in"]:
+        """Lets the guards of a layer decide and write.
+
+        Args:
+            forward: The pass, which takes down what they decide.
+            layer: The layer that has run.
+            h: Its output; all its guards read it as it is here.
+
+        Returns:
+            The edited output; the very tensor `h` where nothing is written.
+
+        Raises:
+            UserError: If activations are not finite, not as wide as the features, or those of an
+                earlier pass than this one.
+        """
+        # Recomputing repeats the very operations, give or take rounding on an accelerator.
+        if forward.finished and not torch.allclose(h, forward.seen[layer], 1e-2, 1e-2):
+            raise UserError(
+                "gradient checkpointing must recompute a guarded module for the latest forward "
+                "pass, got activations of an earlier one; call `backward` before the next pass."
+            )
+        forward.seen[layer] = h.detach()
+        if layer not in forward.order:
+            forward.order.append(layer)
+        feature_acts = {index: self._look(forward, index, h) for index in self._at[layer]}
+        clamps = [self._clamp(forward, layer, index, h, z) for index, z in feature_acts.items()]
+        return apply_clamps(h, clamps)
+
+    def _look(self, forward: ForwardPass, index: int, h: Tensor) -> Tensor:
+        """Activations of a guard's features; `forward` takes down its decision."""
+        guard = self.guards[index]
+        features = self._features[index] = self._features[index].on(h.device)
+        counted = forward.counted[index].to(h.device)
+        check_finite(h, counted, guard.hook_point)
+        feature_acts = features.encode(h)
+        forward.votes[index], forward.evidence[index] = decide(
+            guard.rule,
+            fired_tokens(feature_acts[..., : guard.num_selected], counted),
+            counted,
+            forward.prompt.to(h.device),
+            self._thresholds[index],
+            forward.earlier[index] if forward.earlier is not None else None,
+            running=self._running,
+        )
+        return feature_acts
+
+    def _clamp(
+        self, forward: ForwardPass, layer: nn.Module, index: int, h: Tensor, feature_acts: Tensor
+    ) -> Clamp:
+        guard, features = self.guards[index], self._features[index]
+        positions = self._positions(forward, layer, index)
+        forward.acted[index] = positions.any(1)
+        positions = positions & forward.counted[index].to(h.device)
+        if guard.edit == "refusal":
+            entries = refusal_entries(feature_acts, positions, guard.trigger_limit)
+        else:
+            entries = clamp_entries(feature_acts, positions, guard.clamp_scope, guard.trigger_limit)
+        scale, in_residual_units = features.output_scale(h), guard.clamp_unit == "residual_norm"
+        return Clamp(features, feature_acts, entries, self._values[index], scale, in_residual_units)
+
+    def _positions(self, forward: ForwardPass, layer: nn.Module, index: int) -> Tensor:
+        """Where a guard may edit."""
+        own = forward.votes[index]
+        if self._policy == "own":
+            return own
+        # A layer that checkpointing runs again must not hear those that ran after it.
+        ran = forward.order[: forward.order.index(layer) + 1]
+        votes = [forward.votes[i].to(own.device) for one in ran for i in self._at[one]]
+        num_open = torch.stack(votes).sum(0)
+        return num_open > (0 if self._policy == "any" else len(votes) / 2)
+
+
+def check_same_sae(older: GuardLike, younger: GuardLike) -> None:
+    """Refuses two guards of one hook point that come from different SAEs.
+
+    Raises:
+        UserError: If a feature of both has different decoder rows.
+    """
+    # Equal ids mean equal features only within one SAE.
+    older_ids = older.features.feature_ids.tolist()
+    for column, feature_id in enumerate(younger.features.feature_ids.tolist()):
+        if feature_id in older_ids:
+            mine = younger.features.W_dec[column]
+            theirs = older.features.W_dec[older_ids.index(feature_id)]
+            if not torch.equal(mine.cpu(), theirs.cpu()):
+                raise UserError(
+                    "guards of one hook point must come from one SAE, but feature "
+                    f"{feature_id} has different decoder rows; rebuild them with the same SAE."
+                )

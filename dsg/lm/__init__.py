@@ -1,0 +1,1 @@
+"""The language model: tokens, chat, hook points, loading, likelihood, the frozen reference."""

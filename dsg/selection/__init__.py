@@ -1,0 +1,1 @@
+"""Features -> sums -> ids -> threshold, and the splits of texts behind them."""

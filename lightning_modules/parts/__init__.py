@@ -1,0 +1,1 @@
+"""What the modules share: measuring, resuming, ranks, guards, saving."""

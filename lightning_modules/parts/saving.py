@@ -1,0 +1,70 @@
+"""What a run leaves behind: a small checkpoint, guards, and a changed model."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+from torch import nn
+from transformers import PreTrainedModel
+
+from dsg.guard.guard import Guard
+from dsg.guard.stack import GuardStack
+from dsg.lm.finite import check_weights
+
+MODEL_FOLDER = "model"
+GUARDS_FOLDER = "guards"
+
+
+def save_model_folder(trainer: lightning.Trainer, model: nn.Module) -> Path | None:
+    """Write `model`, and the data module's tokenizer if it has one, on rank zero.
+
+    Of a PEFT model the adapter is written, unmerged, with the name of its base model.
+
+    Args:
+        trainer: The running trainer; its `default_root_dir` is the run directory.
+        model: The model to save.
+
+    Returns:
+        The folder `<run directory>/model`, or `None` on the other ranks.
+
+    Raises:
+        UserError: A weight is not finite: the last step was one too many.
+    """
+    if not trainer.is_global_zero:
+        return None
+    check_weights(model)
+    folder = Path(trainer.default_root_dir) / MODEL_FOLDER
+    # By default PEFT asks the hub whether the base model's vocabulary has grown.
+    options = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}
+    cast(Any, model).save_pretrained(folder, **options)
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def keep_trainable(module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Drop from a checkpoint the weights that training cannot have changed.
+
+    They are loaded by name when the run is resumed; set `strict_loading = False`.
+    """
+    trainable = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {
+        name: weight for name, weight in weights.items() if name in trainable
+    }
+
+
+def save_youngest(trainer: lightning.Trainer, guards: GuardStack) -> None:
+    """Write the youngest guard of a stack to `<run directory>/guards`, on rank zero."""
+    if trainer.is_global_zero:
+        guards.guards[-1].save(_guard_folder(trainer, len(guards)))
+
+
+def load_guards(trainer: lightning.Trainer, count: int) -> list[Guard]:
+    """Read the first `count` guards that `save_youngest` wrote, oldest first."""
+    return [Guard.load(_guard_folder(trainer, number)) for number in range(1, count + 1)]
+
+
+def _guard_folder(trainer: lightning.Trainer, number: int) -> Path:
+    return Path(trainer.default_root_dir) / GUARDS_FOLDER / f"request_{number}"
