@@ -15,10 +15,9 @@ from dsg.evaluation.benchmarks.mt_bench.conversations import (
     ConversationBatch,
     read_conversations,
 )
-from dsg.io.hub import dataset_revision, load_rows, short_name
-from dsg.lm.chat import chat_text
-from dsg.lm.tokens import encode_texts, length_batches
-from dsg.selection.splits import texts_digest
+from dsg.io import dataset_revision, load_rows, short_name
+from dsg.lm import chat_text, encode_texts, length_batches
+from dsg.selection import texts_digest
 
 QUESTIONS = "HuggingFaceH4/mt_bench_prompts"
 

@@ -18,11 +18,10 @@ from datamodules.parts.training_text import (
     word_pieces,
 )
 from dsg.errors import UserError
+from dsg.evaluation import Measurement, Passage, Prompt, Question, item_key
 from dsg.evaluation.benchmarks import muse
-from dsg.evaluation.items import Passage, Prompt, Question, item_key
-from dsg.evaluation.summary import Measurement
-from dsg.io.hub import dataset_revision, short_name
-from dsg.selection.splits import describe_texts
+from dsg.io import dataset_revision, short_name
+from dsg.selection import describe_texts
 
 Task = Literal["evaluate", "select", "finetune", "unlearn", "relearn"]
 ForgetSet = Literal[

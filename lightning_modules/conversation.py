@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
+from dsg.evaluation import AnyGuard, Measurement, PerSample, Values, write_items
 from dsg.evaluation.benchmarks.mt_bench.conversations import (
     COLUMNS,
     NUM_TURNS,
@@ -28,14 +29,9 @@ from dsg.evaluation.benchmarks.mt_bench.scores import (
     measure_generations,
     measure_ratings,
 )
-from dsg.evaluation.gather import PerSample
-from dsg.evaluation.items_file import write_items
-from dsg.evaluation.scoring import AnyGuard, Values
-from dsg.evaluation.summary import Measurement
-from dsg.guard.guard import Guard
-from dsg.guard.recipes import GuardSettings
-from dsg.io.results import read_run_facts, row, write_atomically, write_results, write_run_facts
-from dsg.lm.pretrained import load_model, short_name
+from dsg.guard import Guard, GuardSettings
+from dsg.io import read_run_facts, row, write_atomically, write_results, write_run_facts
+from dsg.lm import load_model, short_name
 from lightning_modules.parts.guards import describe, make_guard, method_of
 from lightning_modules.parts.measuring import Labels, metric_key
 from lightning_modules.parts.precision import use_precision

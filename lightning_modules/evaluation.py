@@ -6,11 +6,10 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.evaluation.items import AnyBatch
-from dsg.guard.guard import Guard
-from dsg.guard.recipes import GuardSettings
-from dsg.io.results import read_run_facts, write_run_facts
-from dsg.lm.pretrained import load_model, short_name
+from dsg.evaluation import AnyBatch
+from dsg.guard import Guard, GuardSettings
+from dsg.io import read_run_facts, write_run_facts
+from dsg.lm import load_model, short_name
 from lightning_modules.parts.guards import describe, make_guard, method_of
 from lightning_modules.parts.measuring import Labels, Measurer
 from lightning_modules.parts.precision import use_precision

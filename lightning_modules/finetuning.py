@@ -9,11 +9,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.lm.finite import finite_loss
-from dsg.lm.likelihood import mean_nll, next_token_logits
-from dsg.lm.pretrained import load_plain_model
-from dsg.lm.tokens import TokenBatch
-from dsg.lm.trainable import LORA_TARGETS, prepare_attack, trainable_weights
+from dsg.lm import (
+    LORA_TARGETS,
+    TokenBatch,
+    finite_loss,
+    load_plain_model,
+    mean_nll,
+    next_token_logits,
+    prepare_attack,
+    trainable_weights,
+)
 from lightning_modules.parts.distributed import exclude_frozen_from_ddp
 from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.resuming import check_same_run, restore_rng, rng_states

@@ -9,15 +9,26 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.evaluation.items import PromptBatch
-from dsg.evaluation.prediction import Text, measure_predictions, predict_in_memory, prediction_rows
-from dsg.guard.guard import Guard
-from dsg.guard.recipes import GuardSettings
-from dsg.io.journal import FOLDER, Journal
-from dsg.io.results import read_run_facts, row, write_atomically, write_results, write_run_facts
-from dsg.io.rows import write_parquet
-from dsg.lm.pretrained import load_model, short_name
-from dsg.selection.splits import texts_digest
+from dsg.evaluation import (
+    PromptBatch,
+    Text,
+    measure_predictions,
+    predict_in_memory,
+    prediction_rows,
+)
+from dsg.guard import Guard, GuardSettings
+from dsg.io import (
+    FOLDER,
+    Journal,
+    read_run_facts,
+    row,
+    write_atomically,
+    write_parquet,
+    write_results,
+    write_run_facts,
+)
+from dsg.lm import load_model, short_name
+from dsg.selection import texts_digest
 from lightning_modules.parts.guards import describe, make_guard, method_of
 from lightning_modules.parts.measuring import Labels
 from lightning_modules.parts.precision import use_precision

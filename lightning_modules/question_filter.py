@@ -8,6 +8,8 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
+from dsg.evaluation import Protocol as QuestionProtocol
+from dsg.evaluation import QuestionBatch, score
 from dsg.evaluation.benchmarks.multiple_choice.permutations import RULES, VARIANTS
 from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, rows_digest
 from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
@@ -16,14 +18,9 @@ from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     filter_content,
     write_filter,
 )
-from dsg.evaluation.gather import score
-from dsg.evaluation.items import Protocol as QuestionProtocol
-from dsg.evaluation.items import QuestionBatch
-from dsg.io.journal import FOLDER, Journal
-from dsg.io.results import row, write_results
-from dsg.lm.hooks import unwrap
-from dsg.lm.pretrained import load_model, short_name
-from dsg.selection.calibration import wilson
+from dsg.io import FOLDER, Journal, row, write_results
+from dsg.lm import load_model, short_name, unwrap
+from dsg.selection import wilson
 from lightning_modules.parts.measuring import Labels
 from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.protocols import data_of

@@ -10,18 +10,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsg.attacks import Attacker, Task
-from dsg.attacks.drift import Drift
+from dsg.attacks import Attacker, Drift, Task
 from dsg.errors import UserError
-from dsg.evaluation.items import AnyBatch, PassageBatch
-from dsg.guard.forward import guarded
-from dsg.guard.guard import Guard
-from dsg.guard.recipes import GuardSettings
-from dsg.lm.finite import finite_loss
-from dsg.lm.hooks import unwrap
-from dsg.lm.pretrained import load_model, load_plain_model, short_name
-from dsg.lm.tokens import TokenBatch
-from dsg.lm.trainable import LORA_TARGETS, prepare_attack, trainable_weights
+from dsg.evaluation import AnyBatch, PassageBatch
+from dsg.guard import Guard, GuardSettings, guarded
+from dsg.lm import (
+    LORA_TARGETS,
+    TokenBatch,
+    finite_loss,
+    load_model,
+    load_plain_model,
+    prepare_attack,
+    short_name,
+    trainable_weights,
+    unwrap,
+)
 from lightning_modules.parts.distributed import exclude_frozen_from_ddp
 from lightning_modules.parts.guards import make_guard, method_of, remaking_settings
 from lightning_modules.parts.measuring import Labels, Measurer

@@ -14,18 +14,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.guard.guard import Guard
-from dsg.guard.making import calibrate_guard, draft_guard
-from dsg.guard.recipes import GuardSettings, choose_features
-from dsg.guard.sweep import FiringRanks, SweepPoint, sweep
-from dsg.io.results import row, write_atomically, write_results
-from dsg.lm.hooks import check_width, read_activations
-from dsg.lm.identity import check_sae_place
-from dsg.lm.pretrained import load_model, short_name
-from dsg.sae.features import Features, check_finite
-from dsg.sae.loading import check_supported, describe_sae, load_sae, slice_features
-from dsg.selection.splits import describe_texts, guard_texts
-from dsg.selection.statistics import FeatureStatistics, batch_statistics
+from dsg.guard import (
+    FiringRanks,
+    Guard,
+    GuardSettings,
+    SweepPoint,
+    calibrate_guard,
+    choose_features,
+    draft_guard,
+)
+from dsg.guard.sweep import sweep
+from dsg.io import row, write_atomically, write_results
+from dsg.lm import check_sae_place, check_width, load_model, read_activations, short_name
+from dsg.sae import Features, check_finite, check_supported, describe_sae, load_sae, slice_features
+from dsg.selection import FeatureStatistics, batch_statistics, describe_texts, guard_texts
 from lightning_modules.parts.distributed import add_over_ranks, gather_firing_ranks
 from lightning_modules.parts.measuring import Labels
 from lightning_modules.parts.precision import use_precision

@@ -12,14 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.evaluation.items import AnyBatch
-from dsg.guard.making import GuardMaker
-from dsg.guard.recipes import GuardSettings
-from dsg.guard.stack import GuardStack
-from dsg.lm.finite import finite_loss
-from dsg.lm.pretrained import load_plain_model, short_name
-from dsg.lm.reference import Reference
-from dsg.lm.trainable import trainable_weights
+from dsg.evaluation import AnyBatch
+from dsg.guard import GuardMaker, GuardSettings, GuardStack
+from dsg.lm import Reference, finite_loss, load_plain_model, short_name, trainable_weights
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import check_positive
 from lightning_modules.parts.distributed import exclude_frozen_from_ddp, leave_unwrapped

@@ -8,12 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.evaluation.items import AnyBatch
-from dsg.io.results import read_run_facts, write_run_facts
-from dsg.lm.finite import finite_loss
-from dsg.lm.pretrained import load_plain_model, short_name
-from dsg.lm.reference import Reference
-from dsg.lm.trainable import LORA_TARGETS, prepare_attack, trainable_weights
+from dsg.evaluation import AnyBatch
+from dsg.io import read_run_facts, write_run_facts
+from dsg.lm import (
+    LORA_TARGETS,
+    Reference,
+    finite_loss,
+    load_plain_model,
+    prepare_attack,
+    short_name,
+    trainable_weights,
+)
 from dsg.objectives.objective import Objective
 from dsg.objectives.ssd import SSD, Importances
 from dsg.objectives.terms import check_positive

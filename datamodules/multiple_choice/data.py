@@ -17,6 +17,7 @@ from datamodules.parts.corpora import Corpora, CorpusSettings
 from datamodules.parts.guard_texts import selection_loader
 from datamodules.parts.loading import BatchSize, load_tokenizer, question_loader
 from dsg.errors import UserError
+from dsg.evaluation import Passage, Protocol, Question, encode_question
 from dsg.evaluation.benchmarks.multiple_choice.fitting import fit_question
 from dsg.evaluation.benchmarks.multiple_choice.permutations import VARIANTS, Rule, variant
 from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, make_question, rows_digest
@@ -26,9 +27,7 @@ from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     load_config,
 )
 from dsg.evaluation.benchmarks.multiple_choice.subjects import expand_sets
-from dsg.evaluation.collate import encode_question
-from dsg.evaluation.items import Passage, Protocol, Question
-from dsg.selection.splits import describe_texts, split_by_hash, texts_digest
+from dsg.selection import describe_texts, split_by_hash, texts_digest
 
 Split = Literal["validation", "test"]
 _HALVES = (0.5, 0.5)

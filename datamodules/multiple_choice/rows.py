@@ -14,7 +14,7 @@ from dsg.evaluation.benchmarks.multiple_choice.subjects import (
     WMDP_TOPICS,
     is_file_name,
 )
-from dsg.io.hub import dataset_revision, load_rows, short_name
+from dsg.io import dataset_revision, load_rows, short_name
 
 WMDP = "cais/wmdp@7125571f22f032c56415e7980f48d877dd830ff8"
 MMLU = "cais/mmlu@c30699e8356da336a370243923dbaf21066bb9fe"

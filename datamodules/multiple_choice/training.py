@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from datamodules.parts.training_text import TrainingRow, pair_loader, running_rows, training_loader
 from dsg.errors import UserError
 from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, cloze_question
-from dsg.selection.splits import TextSource, check_texts
+from dsg.selection import TextSource, check_texts
 
 AttackText = Literal["forget", "questions"]
 

@@ -6,10 +6,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from datamodules.parts.loading import BatchSize, batch_loader
+from dsg.evaluation import Question, encode_question, question_collate
 from dsg.evaluation.benchmarks.multiple_choice.permutations import ORDERS
-from dsg.evaluation.collate import encode_question, question_collate
-from dsg.evaluation.items import Question
-from dsg.lm.tokens import length_batches
+from dsg.lm import length_batches
 
 
 def variant_loader(

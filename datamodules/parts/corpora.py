@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsg.errors import UserError
-from dsg.io.hub import dataset_revision, load_rows, short_name
-from dsg.selection.splits import RETAIN_FRACTIONS, check_texts, describe_texts, split_by_hash
+from dsg.io import dataset_revision, load_rows, short_name
+from dsg.selection import RETAIN_FRACTIONS, check_texts, describe_texts, split_by_hash
 
 
 @dataclass(frozen=True)

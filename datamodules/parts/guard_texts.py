@@ -9,10 +9,9 @@ from torch.utils.data import DataLoader
 
 from datamodules.parts.loading import batch_loader
 from dsg.errors import UserError
-from dsg.guard.recipes import GuardSettings
-from dsg.lm.tokens import length_batches, pad_sequences, padding_id, uncounted_token_ids
-from dsg.selection.splits import TextSource, check_texts, guard_texts
-from dsg.selection.statistics import compact_sequences
+from dsg.guard import GuardSettings
+from dsg.lm import length_batches, pad_sequences, padding_id, uncounted_token_ids
+from dsg.selection import TextSource, check_texts, compact_sequences, guard_texts
 
 
 class GuardTexts(TextSource, Protocol):

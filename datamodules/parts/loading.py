@@ -9,17 +9,19 @@ from transformers import AutoTokenizer
 from datamodules.parts.resumable import ResumableLoader
 from datamodules.parts.samplers import GlobalBatches
 from dsg.errors import UserError
-from dsg.evaluation.benchmarks.multiple_choice.question_filter import load_config
-from dsg.evaluation.collate import (
+from dsg.evaluation import (
+    Passage,
+    Prompt,
+    Question,
     encode_passages,
     encode_question,
     passage_collate,
     prompt_collate,
     question_collate,
 )
-from dsg.evaluation.items import Passage, Prompt, Question
-from dsg.io.hub import load_pretrained
-from dsg.lm.tokens import check_vocabulary, encode_texts, length_batches
+from dsg.evaluation.benchmarks.multiple_choice.question_filter import load_config
+from dsg.io import load_pretrained
+from dsg.lm import check_vocabulary, encode_texts, length_batches
 
 BatchSize = int | Literal["auto"]
 

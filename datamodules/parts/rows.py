@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from dsg.errors import UserError
-from dsg.io.hub import load_rows
-from dsg.selection.splits import RETAIN_FRACTIONS, split_by_hash
+from dsg.io import load_rows
+from dsg.selection import RETAIN_FRACTIONS, split_by_hash
 
 Split = Literal["validation", "test"]
 Items = Literal["all", "halves"]

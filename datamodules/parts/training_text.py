@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.parts.loading import batch_loader
 from dsg.errors import UserError
-from dsg.lm.tokens import (
+from dsg.lm import (
     TokenBatch,
     encode_texts,
     pad_sequences,

@@ -13,18 +13,11 @@ from datamodules.parts.corpora import Corpora, CorpusSettings
 from datamodules.parts.loading import BatchSize, batch_loader, load_tokenizer
 from datamodules.predictions.texts import read_texts, texts_of_items
 from dsg.errors import UserError
+from dsg.evaluation import PromptBatch, Text
 from dsg.evaluation.benchmarks.multiple_choice.question_filter import load_config
-from dsg.evaluation.items import PromptBatch
-from dsg.evaluation.prediction import Text
-from dsg.io.hub import dataset_revision, short_name
-from dsg.lm.tokens import (
-    encode_texts,
-    length_batches,
-    pad_sequences,
-    padding_id,
-    uncounted_token_ids,
-)
-from dsg.selection.splits import describe_texts
+from dsg.io import dataset_revision, short_name
+from dsg.lm import encode_texts, length_batches, pad_sequences, padding_id, uncounted_token_ids
+from dsg.selection import describe_texts
 
 _GUARD_TEXTS = ("forget_texts", "retain_texts", "calibration_texts", "heldout_texts")
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from datamodules.text_files.files import read_plain_text
 from dsg.errors import UserError
-from dsg.evaluation.prediction import Text
-from dsg.io.hub import load_rows
-from dsg.io.rows import ROW_FILES
-from dsg.lm.chat import chat_text
+from dsg.evaluation import Text
+from dsg.io import ROW_FILES, load_rows
+from dsg.lm import chat_text
 
 _ROLES = ("user", "assistant")
 

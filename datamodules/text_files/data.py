@@ -16,8 +16,8 @@ from datamodules.parts.loading import batch_loader, load_tokenizer, passage_load
 from datamodules.parts.pretraining import pack, train_tokenizer
 from datamodules.text_files.files import read_uses
 from dsg.errors import UserError
-from dsg.evaluation.items import Passage, Question
-from dsg.lm.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
+from dsg.evaluation import Passage, Question
+from dsg.lm import encode_texts, pad_sequences, padding_id, uncounted_token_ids
 
 Split = Literal["validation", "test"]
 Part = Literal["memorised", "unseen"]

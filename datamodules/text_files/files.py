@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dsg.errors import UserError
-from dsg.io.reading import parse_json, read_bytes, read_text
+from dsg.io import parse_json, read_bytes, read_text
 
 # A passage ends at the end of a paragraph once it is long enough, and else when it is full.
 MIN_WORDS, MAX_WORDS = 60, 90

@@ -10,7 +10,7 @@ from datamodules.tiny_world.texts import TinyWorldTexts
 from datamodules.tiny_world.words import FILLER, NEAR_DOMAIN, RETAIN_DOMAINS
 from datamodules.tiny_world.world import Prompt, Split
 from dsg.errors import UserError, check_choice
-from dsg.selection.splits import check_texts
+from dsg.selection import check_texts
 
 AttackText = Literal["forget", "related", "unrelated", "retain", "questions"]
 

@@ -21,9 +21,9 @@ from datamodules.tiny_world.texts import TinyWorldTexts
 from datamodules.tiny_world.words import FORGET_DOMAINS
 from datamodules.tiny_world.world import Split
 from dsg.errors import UserError
-from dsg.evaluation.items import Passage, Question
-from dsg.lm.tokens import encode_texts
-from dsg.selection.splits import describe_texts
+from dsg.evaluation import Passage, Question
+from dsg.lm import encode_texts
+from dsg.selection import describe_texts
 
 Task = Literal["evaluate", "select", "unlearn", "relearn"]
 

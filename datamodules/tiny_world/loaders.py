@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from datamodules.parts.loading import batch_loader, passage_loader, question_loader
 from datamodules.tiny_world.world import Split
-from dsg.evaluation.items import Passage, Question
-from dsg.lm.tokens import encode_texts, pad_sequences, padding_id, uncounted_token_ids
+from dsg.evaluation import Passage, Question
+from dsg.lm import encode_texts, pad_sequences, padding_id, uncounted_token_ids
 
 
 class Evaluated(Protocol):

@@ -8,7 +8,7 @@ from functools import cached_property
 from datamodules.tiny_world.words import FORGET_DOMAINS, NEAR_DOMAIN, RETAIN_DOMAINS
 from datamodules.tiny_world.world import Split, World
 from dsg.errors import UserError
-from dsg.evaluation.items import Passage, Question
+from dsg.evaluation import Passage, Question
 
 NUM_SELECTION_DOCUMENTS = 400
 NUM_CALIBRATION_TEXTS = 300

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from datamodules.parts.rows import numbered, read_texts, text_of
 from dsg.errors import UserError
+from dsg.evaluation import Passage, Prompt, Question, item_key
 from dsg.evaluation.benchmarks import tofu
-from dsg.evaluation.items import Passage, Prompt, Question, item_key
-from dsg.io.hub import load_rows
-from dsg.lm.chat import chat_text, check_chat_template
+from dsg.io import load_rows
+from dsg.lm import chat_text, check_chat_template
 
 Template = Literal["plain", "chat"]
 

@@ -1,7 +1,5 @@
 """What an attacker who fine-tunes the model minimises; one objective per file."""
 
-from dsg.attacks.attacker import Attacker, AttackLoss
-from dsg.attacks.evade import Evade
-from dsg.attacks.task import Task
+import lazy_loader
 
-__all__ = ["AttackLoss", "Attacker", "Evade", "Task"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsg.evaluation.items import Passage, PassageBatch
-from dsg.evaluation.summary import Measurement
+from dsg.evaluation import Measurement, Passage, PassageBatch
 from dsg.intervals import bootstrap
-from dsg.lm.hooks import read_activations
+from dsg.lm import read_activations
 
 DRIFT_COLUMNS = ("cosine_sum", "norm_ratio_sum", "num_tokens")
 

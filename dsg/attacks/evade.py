@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from dsg.attacks.attacker import Attacker, AttackLoss
 from dsg.attacks.task import next_token_loss
 from dsg.errors import UserError
-from dsg.guard.forward import Forward
-from dsg.guard.guard import Guard
-from dsg.lm.hooks import hidden_states, resolve_hook_point
-from dsg.lm.tokens import TokenBatch
+from dsg.guard import Forward, Guard
+from dsg.lm import TokenBatch, hidden_states, resolve_hook_point
 
 
 class Evade(Attacker):

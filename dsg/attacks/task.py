@@ -6,9 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsg.attacks.attacker import Attacker, AttackLoss
-from dsg.guard.forward import Forward
-from dsg.guard.guard import Guard
-from dsg.lm.tokens import TokenBatch
+from dsg.guard import Forward, Guard
+from dsg.lm import TokenBatch
 
 
 class Task(Attacker):

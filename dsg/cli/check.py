@@ -14,7 +14,7 @@ from dsg.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsg.sae.fit import Fit, Verdict
+    from dsg.sae import Fit, Verdict
 
 DOES_NOT_FIT = 1  # exit status; 2 is a mistake of the user, as for every command
 # Texts about the benchmark's first hazard beside those of the distant domains.
@@ -98,12 +98,10 @@ def run(options: argparse.Namespace) -> int:
     from datamodules.parts.loading import load_tokenizer
     from dsg.cli.lightning_cli import resolve_benchmark
     from dsg.cli.quiet import calm_libraries
-    from dsg.io.results import write_atomically
-    from dsg.lm.hooks import check_width, resolve_hook_point
-    from dsg.lm.pretrained import load_model
-    from dsg.sae.fit import check_fit, verdict
-    from dsg.sae.loading import load_sae
-    from dsg.selection.statistics import corpus_batches
+    from dsg.io import write_atomically
+    from dsg.lm import check_width, load_model, resolve_hook_point
+    from dsg.sae import check_fit, load_sae, verdict
+    from dsg.selection import corpus_batches
 
     calm_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,8 +10,7 @@ from dsg.cli.options import check_json, writing
 from dsg.errors import UserError
 
 if TYPE_CHECKING:
-    from dsg.evaluation.compare import Comparison, Overlap
-    from dsg.evaluation.paired import PairedTest
+    from dsg.evaluation import Comparison, Overlap, PairedTest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +42,8 @@ def run(options: argparse.Namespace) -> int:
     if (options.guard_a is None) != (options.guard_b is None):
         raise UserError("--guard_a and --guard_b must be given together, got only one; add it.")
     check_json(options.json)
-    from dsg.evaluation.compare import choose, compare_runs
-    from dsg.io.results import write_atomically
+    from dsg.evaluation import choose, compare_runs
+    from dsg.io import write_atomically
 
     guards = None if options.guard_a is None else (options.guard_a, options.guard_b)
     found, overlaps = compare_runs(options.first, options.second, guards)

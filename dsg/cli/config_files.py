@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsg.cli.grid.overrides import read_config
-from dsg.io.reading import read_yaml
+from dsg.io import read_yaml
 
 _CONFIG = ("-c", "--config")
 _YAML = (".yaml", ".yml")

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
-from dsg.guard.recipes import GuardSettings
-from dsg.io.hub import check_dataset, check_folder
-from dsg.lm.pretrained import ADAPTER_CONFIG, adapter_base
-from dsg.sae.loading import check_sae_name
+from dsg.guard import GuardSettings
+from dsg.io import check_dataset, check_folder
+from dsg.lm import ADAPTER_CONFIG, adapter_base
+from dsg.sae import check_sae_name
 
 _COUNTS = ("batch_size", "train_batch_size", "max_length", "max_texts")
 

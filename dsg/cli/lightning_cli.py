@@ -40,11 +40,16 @@ from dsg.cli.tracking import (
 )
 from dsg.cli.trainer_settings import check_strategy, trainer_refusals
 from dsg.errors import UserError, check_seeds
-from dsg.io.atomic import remove_drafts
-from dsg.io.checkpoints import newest_checkpoint, read_checkpoint
-from dsg.io.journal import FOLDER as JOURNAL_FOLDER
-from dsg.io.results import read_run_facts, write_run_facts
-from dsg.io.run_directory import is_rank_zero, run_directory
+from dsg.io import FOLDER as JOURNAL_FOLDER
+from dsg.io import (
+    is_rank_zero,
+    newest_checkpoint,
+    read_checkpoint,
+    read_run_facts,
+    remove_drafts,
+    write_run_facts,
+)
+from dsg.io.run_directory import run_directory
 
 CONFIG_FILE = "config.yaml"
 # Defaults of every run; a configuration names only what differs. Loggers write into the run

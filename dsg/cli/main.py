@@ -13,7 +13,7 @@ from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.environment import prepare_environment
 from dsg.cli.interrupts import Terminated, interrupts_raised
 from dsg.errors import UserError, did_you_mean
-from dsg.io.run_directory import check_ranks, is_rank_zero
+from dsg.io import check_ranks, is_rank_zero
 
 # What a shell reports for a process ended by Ctrl-C and by SIGTERM.
 INTERRUPTED, TERMINATED = 130, 143

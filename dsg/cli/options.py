@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsg.errors import UserError
-from dsg.io.reading import reason
+from dsg.io import reason
 
 
 def check_json(path: Path | None) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dsg.io.results import ITEMS_FILE, RESULTS_FILE, read_results
-from dsg.report.outcome import outcome_table
+from dsg.io import ITEMS_FILE, RESULTS_FILE, read_results
+from dsg.report import outcome_table
 
 # What a run may leave, and what it is for; in this order.
 _FILES = {

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import warnings
 
-from dsg.io.run_directory import is_rank_zero
+from dsg.io import is_rank_zero
 
 _MESSAGES = (
     # Data loaders here read from memory; workers would only slow them down.

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from typing_extensions import override
 
-from dsg.io.atomic import whole_file
+from dsg.io import whole_file
 
 
 class WholeCheckpoints(TorchCheckpointIO):

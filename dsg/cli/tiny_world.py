@@ -24,7 +24,7 @@ def ensure_benchmark(seed: int, show_progress: bool = True) -> Path:
     import datamodules.tiny_world.world
     import dsg.sae.training
     import lightning_modules.pretraining
-    from dsg.io.cache import cached_folder, content_key
+    from dsg.io import cached_folder, content_key
 
     modules = (
         datamodules.parts.pretraining,
@@ -86,8 +86,8 @@ def fit_sae(folder: Path, model_folder: Path, texts: list[str], model_name: str,
     """Train an SAE on the model's activations on `texts` and save it in `folder`."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from dsg.sae.training import SAETraining, gather_activations, train_sae
-    from dsg.selection.statistics import corpus_batches
+    from dsg.sae import SAETraining, gather_activations, train_sae
+    from dsg.selection import corpus_batches
 
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)

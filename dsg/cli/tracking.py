@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from dsg.io.results import RESULTS_FILE, read_results
+from dsg.io import RESULTS_FILE, read_results
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsg.errors import UserError
 from dsg.evaluation.items import Passage, PassageBatch, Prompt, PromptBatch, Question, QuestionBatch
-from dsg.lm.tokens import (
+from dsg.lm import (
     TokenBatch,
     encode_texts,
     pad_sequences,

@@ -12,11 +12,16 @@ from transformers import LogitsProcessorList
 from dsg.errors import UserError
 from dsg.evaluation.metrics import Estimate, rouge_l
 from dsg.evaluation.scales import mean_over_runs
-from dsg.guard.guard import Guard
-from dsg.guard.stack import GuardStack
-from dsg.lm.finite import FiniteLogits
-from dsg.lm.hooks import unwrap
-from dsg.lm.tokens import TokenBatch, encode_texts, pad_sequences, padding_id, uncounted_token_ids
+from dsg.guard import Guard, GuardStack
+from dsg.lm import (
+    FiniteLogits,
+    TokenBatch,
+    encode_texts,
+    pad_sequences,
+    padding_id,
+    uncounted_token_ids,
+    unwrap,
+)
 
 
 def continuation_rouge(

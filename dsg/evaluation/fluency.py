@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsg.errors import UserError
-from dsg.selection.calibration import Proportion, wilson
+from dsg.selection import Proportion, wilson
 
 OWN_PERCENTILE = 99.0
 PERPLEXITY_FACTOR = 10.0

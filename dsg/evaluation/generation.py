@@ -12,9 +12,8 @@ from dsg.evaluation.continuation import generate_greedily
 from dsg.evaluation.items import PromptBatch
 from dsg.evaluation.metrics import rouge_l, rouge_l_recall
 from dsg.evaluation.scoring import AnyGuard, Values
-from dsg.guard.forward import guarded
-from dsg.lm.hooks import unwrap
-from dsg.lm.tokens import TokenBatch, padding_id
+from dsg.guard import guarded
+from dsg.lm import TokenBatch, padding_id, unwrap
 
 PROMPT_COLUMNS = (
     *("rouge_l", "rouge_l_recall", "num_tokens", "repetition", "nll", "triggered", "density"),

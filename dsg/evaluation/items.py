@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import TokenBatch
 
 Protocol = Literal["cloze", "lm_eval", "dsg"]
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from dsg.errors import UserError
 from dsg.evaluation.items import Item, Passage, Question, item_key
-from dsg.io.results import ITEMS_FILE
-from dsg.io.rows import write_parquet
+from dsg.io import ITEMS_FILE, write_parquet
 
 
 def item_rows(

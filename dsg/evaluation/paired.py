@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from dsg.errors import UserError
-from dsg.selection.calibration import wilson
+from dsg.selection import wilson
 
 NUM_RESAMPLES = 10_000
 EXACT_UP_TO = 12  # items: all 2 ** 12 signs are fewer than the random ones

@@ -11,11 +11,9 @@ from dsg.evaluation.generation import generate_to_end, said_text
 from dsg.evaluation.items import PromptBatch
 from dsg.evaluation.scoring import Values, halving
 from dsg.evaluation.summary import Measurement
-from dsg.guard.forward import Forward
-from dsg.guard.guard import Guard
-from dsg.lm.hooks import unwrap
-from dsg.lm.tokens import count_mask
-from dsg.selection.calibration import wilson
+from dsg.guard import Forward, Guard
+from dsg.lm import count_mask, unwrap
+from dsg.selection import wilson
 
 PROTOCOL = "prediction"
 

@@ -14,12 +14,8 @@ from transformers import PreTrainedModel
 
 from dsg.evaluation.collate import last_places
 from dsg.evaluation.items import AnyBatch, PassageBatch, QuestionBatch
-from dsg.guard.forward import guarded
-from dsg.guard.guard import Guard
-from dsg.guard.stack import GuardStack
-from dsg.lm.finite import check_log_probs
-from dsg.lm.hooks import unwrap
-from dsg.lm.tokens import TokenBatch
+from dsg.guard import Guard, GuardStack, guarded
+from dsg.lm import TokenBatch, check_log_probs, unwrap
 
 AnyGuard = Guard | GuardStack
 Values = dict[str, Float[Tensor, " b"]]

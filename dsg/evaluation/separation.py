@@ -6,7 +6,7 @@ import numpy as np
 
 from dsg.errors import UserError
 from dsg.evaluation.metrics import Estimate
-from dsg.selection.calibration import wilson
+from dsg.selection import wilson
 
 NUM_BINS = 20
 

@@ -14,7 +14,7 @@ from dsg.evaluation.alignment import facts_of, measured_alignment
 from dsg.evaluation.fluency import gibberish_rate
 from dsg.evaluation.items import Item, Passage, Prompt, Question
 from dsg.evaluation.separation import total_variation, tpr_at_fpr
-from dsg.selection.calibration import wilson
+from dsg.selection import wilson
 
 TIE_MARGIN = 1e-5  # float32 logits of one text differ by as much between paddings
 

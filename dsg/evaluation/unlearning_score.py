@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsg.errors import UserError
 from dsg.evaluation.metrics import Estimate
-from dsg.selection.calibration import wilson
+from dsg.selection import wilson
 
 UTILITY_KEPT = 0.99
 

@@ -11,8 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dsg.errors import UserError
-from dsg.io.atomic import whole_file
-from dsg.io.reading import read_bytes, reason
+from dsg.io import read_bytes, reason, whole_file
 
 TENSORS_FILE = "guard.safetensors"
 SETTINGS_FILE = "guard.json"

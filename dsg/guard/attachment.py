@@ -15,8 +15,7 @@ from dsg.guard.following import Follower
 from dsg.guard.generation import Methods, guarded_methods
 from dsg.guard.panel import GuardLike, Panel, Policy
 from dsg.guard.wiring import Wiring, hook_removed
-from dsg.lm.hooks import check_width, decoder_of, resolve_hook_point, unwrap
-from dsg.lm.identity import num_embeddings
+from dsg.lm import check_width, decoder_of, num_embeddings, resolve_hook_point, unwrap
 
 DecisionRule = Literal["sequence", "prompt"]
 Continuation = Literal["running", "frozen"]

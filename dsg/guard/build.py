@@ -12,9 +12,8 @@ from dsg.guard.edit import ClampScope, ClampUnit
 from dsg.guard.guard import Guard
 from dsg.guard.making import GuardMaker
 from dsg.guard.recipes import GuardSettings
-from dsg.lm.hooks import unwrap
-from dsg.selection.splits import FORGET_FRACTIONS, RETAIN_FRACTIONS, check_texts, split_by_hash
-from dsg.selection.statistics import Importance
+from dsg.lm import unwrap
+from dsg.selection import FORGET_FRACTIONS, RETAIN_FRACTIONS, Importance, check_texts, split_by_hash
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dsg.sae.features import Features
+from dsg.sae import Features
 
 ClampScope = Literal["all", "active"]
 # `clamp` writes the selected features; `refusal` leaves them and writes another one.

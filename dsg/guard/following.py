@@ -11,8 +11,7 @@ from dsg.guard.calls import Calls
 from dsg.guard.inputs import ForwardInputs, argument, pop_masks
 from dsg.guard.kv_cache import CacheMemory, past_length
 from dsg.guard.panel import ForwardPass, GuardLike, Panel
-from dsg.lm.compiled import never_compiled
-from dsg.lm.hooks import hidden_states, is_reading
+from dsg.lm import hidden_states, is_reading, never_compiled
 
 
 class Follower:

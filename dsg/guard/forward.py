@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dsg.guard.attachment import Attachment
 from dsg.guard.guard import Guard
 from dsg.guard.stack import GuardStack
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import TokenBatch
 
 
 class Forward:

@@ -16,11 +16,8 @@ from dsg.guard.edit import ClampScope, ClampUnit, Edit
 from dsg.guard.gate import Evidence, GateKind, decide, fired_tokens, make_gate
 from dsg.guard.steering_csv import read_steering_csv, write_steering_csv
 from dsg.guard.values import check_kinds, check_numbers
-from dsg.lm.hooks import check_width, read_activations
-from dsg.lm.identity import ModelIdentity
-from dsg.lm.tokens import TokenBatch, count_mask
-from dsg.sae.competing import rebuild_features
-from dsg.sae.features import DeviceOnlyModule, Features, check_finite
+from dsg.lm import ModelIdentity, TokenBatch, check_width, count_mask, read_activations
+from dsg.sae import DeviceOnlyModule, Features, check_finite, rebuild_features
 
 _SHOWN_IDS = 8
 

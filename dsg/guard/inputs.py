@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.lm.tokens import count_mask
+from dsg.lm import count_mask
 
 # Keyword arguments that a guarded model takes besides its own.
 MASKS = ("token_mask", "prompt_mask")

@@ -13,15 +13,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsg.errors import UserError
 from dsg.guard.guard import Guard
 from dsg.guard.recipes import GuardSettings, choose_features, refusal_feature
-from dsg.io.progress import with_bar
-from dsg.lm.hooks import check_width, resolve_hook_point
-from dsg.lm.identity import ModelIdentity, check_sae_place
-from dsg.lm.tokens import uncounted_token_ids
-from dsg.sae.loading import check_supported, describe_sae, slice_features
-from dsg.selection.calibration import calibrate_threshold, false_positive_rate
-from dsg.selection.rules import Selection
-from dsg.selection.splits import describe_texts
-from dsg.selection.statistics import FeatureStatistics, collect_statistics, corpus_batches
+from dsg.io import with_bar
+from dsg.lm import (
+    ModelIdentity,
+    check_sae_place,
+    check_width,
+    resolve_hook_point,
+    uncounted_token_ids,
+)
+from dsg.sae import check_supported, describe_sae, slice_features
+from dsg.selection import (
+    FeatureStatistics,
+    Selection,
+    calibrate_threshold,
+    collect_statistics,
+    corpus_batches,
+    describe_texts,
+    false_positive_rate,
+)
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -19,8 +19,8 @@ from dsg.guard.edit import (
     refusal_entries,
 )
 from dsg.guard.gate import Evidence, Gate, GateKind, decide, fired_tokens
-from dsg.lm.identity import ModelIdentity
-from dsg.sae.features import Features, check_finite
+from dsg.lm import ModelIdentity
+from dsg.sae import Features, check_finite
 
 Policy = Literal["own", "any", "majority"]
 

@@ -11,14 +11,15 @@ import numpy as np
 from dsg.errors import UserError, check_choice, check_each_once
 from dsg.guard.edit import ClampScope, ClampUnit, Edit
 from dsg.guard.gate import GateKind
-from dsg.selection.rules import (
+from dsg.selection import (
+    FeatureStatistics,
+    Importance,
     Selection,
     select_fisher_ratio,
     select_frequency,
     select_ids,
     select_random,
 )
-from dsg.selection.statistics import FeatureStatistics, Importance
 
 Method = Literal[
     "dsg",

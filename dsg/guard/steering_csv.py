@@ -25,11 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg.errors import UserError
 from dsg.guard.panel import GuardLike
-from dsg.io.csv_table import Table, read_table
-from dsg.io.results import write_atomically
-from dsg.lm.tokens import uncounted_token_ids
-from dsg.sae.features import Features
-from dsg.sae.loading import describe_sae, load_sae, slice_features
+from dsg.io import Table, read_table, write_atomically
+from dsg.lm import uncounted_token_ids
+from dsg.sae import Features, describe_sae, load_sae, slice_features
 
 if TYPE_CHECKING:
     from sae_lens import SAE

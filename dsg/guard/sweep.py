@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsg.errors import UserError
 from dsg.guard.gate import DensityGate, Gate
-from dsg.selection.calibration import Proportion, calibrate_threshold, false_positive_rate
+from dsg.selection import Proportion, calibrate_threshold, false_positive_rate
 
 # Bounds the padded copy that gates other than the density need.
 _TEXTS_AT_ONCE = 256

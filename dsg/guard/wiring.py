@@ -8,7 +8,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from dsg.errors import UserError
-from dsg.lm.compiled import recompile
+from dsg.lm import recompile
 
 
 class Wiring:

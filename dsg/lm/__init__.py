@@ -1,1 +1,5 @@
 """The language model: tokens, chat, hook points, loading, likelihood, the frozen reference."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

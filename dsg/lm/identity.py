@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dsg.errors import UserError
-from dsg.io.revisions import noted_revision
+from dsg.io import noted_revision
 from dsg.lm.hooks import resolve_hook_point, unwrap
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.io.hub import short_name
-from dsg.io.reading import read_json
+from dsg.io import read_json, short_name
 from dsg.lm.weights import ADAPTER_WEIGHTS, load_adapter, load_causal_lm
 
 __all__ = ["load_model", "load_plain_model", "short_name"]

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
-from dsg.io.hub import first_line, load_pretrained, no_model
-from dsg.io.revisions import note_revision
+from dsg.io import first_line, load_pretrained, no_model, note_revision
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

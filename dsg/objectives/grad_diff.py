@@ -7,9 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from dsg.lm.likelihood import mean_nll, next_token_logits
-from dsg.lm.reference import Reference
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import Reference, TokenBatch, mean_nll, next_token_logits
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import (
     Loss,

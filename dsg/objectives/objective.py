@@ -9,8 +9,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from dsg.lm.reference import Reference
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import Reference, TokenBatch
 from dsg.objectives.terms import Loss
 
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dsg.errors import UserError
-from dsg.lm.hooks import decoder_of, hidden_size, hidden_states, resolve_hook_point
-from dsg.lm.reference import Reference
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import Reference, TokenBatch, decoder_of, hidden_size, hidden_states, resolve_hook_point
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import Loss, check_not_negative, check_positive, weighted
 

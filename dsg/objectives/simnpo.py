@@ -9,9 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import nn
 
-from dsg.lm.likelihood import mean_over_sequences, next_token_logits, sequence_nll
-from dsg.lm.reference import Reference
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import Reference, TokenBatch, mean_over_sequences, next_token_logits, sequence_nll
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import (
     Loss,

@@ -13,10 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.lm.hooks import evaluating
-from dsg.lm.likelihood import mean_nll, mean_or_zero, next_token_logits, target_mask
-from dsg.lm.reference import Reference
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import (
+    Reference,
+    TokenBatch,
+    evaluating,
+    mean_nll,
+    mean_or_zero,
+    next_token_logits,
+    target_mask,
+)
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import Loss, check_positive
 

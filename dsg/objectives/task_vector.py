@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.lm.likelihood import mean_nll, next_token_logits
-from dsg.lm.reference import Reference
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import Reference, TokenBatch, mean_nll, next_token_logits
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import Loss, check_not_negative
 

@@ -3,7 +3,6 @@
 `dsg.report.features` and the writers in `dsg.report.files` are imported from where they are.
 """
 
-from dsg.report.build import build_report, save_overview_png
-from dsg.report.tables import results_table
+import lazy_loader
 
-__all__ = ["build_report", "results_table", "save_overview_png"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsg.io.results import read_results, write_atomically
+from dsg.io import read_results, write_atomically
 from dsg.report import charts, markup
 from dsg.report.cells import write_cells
 from dsg.report.charts import CurveMetric, Series

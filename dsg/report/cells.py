@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsg.evaluation.metrics import below_chance
-from dsg.io.results import read_results, write_atomically
+from dsg.evaluation import below_chance
+from dsg.io import read_results, write_atomically
 
 CELLS_FILE = "cells.csv"
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from dsg.evaluation.metrics import CHANCE
+from dsg.evaluation import CHANCE
 from dsg.report.files import Densities
 from dsg.report.markup import Html
 from dsg.report.measurements import Cell, domain_name, method_name

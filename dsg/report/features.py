@@ -9,11 +9,10 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsg.lm.hooks import read_activations, unwrap
+from dsg.lm import read_activations, unwrap
 from dsg.report.files import FeatureDescription, TokenContext
-from dsg.sae.loading import slice_features
-from dsg.selection.rules import Selection
-from dsg.selection.statistics import corpus_batches
+from dsg.sae import slice_features
+from dsg.selection import Selection, corpus_batches
 
 
 def describe_features(

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
-from dsg.io.reading import parse_json, read_text
-from dsg.io.results import write_atomically
+from dsg.io import parse_json, read_text, write_atomically
 
 DENSITIES_FILE = "densities.json"
 FEATURES_FILE = "features.json"

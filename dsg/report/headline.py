@@ -6,7 +6,7 @@ it speaks for the guard or against it, and rivals are compared on retain *and* f
 
 from collections.abc import Iterator
 
-from dsg.evaluation.metrics import CHANCE
+from dsg.evaluation import CHANCE
 from dsg.report.known import is_above_chance, unguarded_accuracy
 from dsg.report.measurements import Cell, Measurements, method_name
 from dsg.report.sentences import Finding, overlap_note, side, with_interval

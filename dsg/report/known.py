@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dsg.evaluation.metrics import CHANCE
+from dsg.evaluation import CHANCE
 from dsg.report.measurements import Cell, Measurements
 
 

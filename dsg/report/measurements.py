@@ -4,8 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsg.evaluation.metrics import CHANCE, below_chance
-from dsg.evaluation.scales import mean_over_runs
+from dsg.evaluation import CHANCE, below_chance, mean_over_runs
 
 Row = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsg.io.results import read_run_facts
+from dsg.io import read_run_facts
 from dsg.report import markup
 from dsg.report.files import read_features, read_settings
 from dsg.report.markup import Html

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.lm.hooks import check_width, resolve_hook_point, unwrap
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import TokenBatch, check_width, resolve_hook_point, unwrap
 from dsg.sae.loading import slice_features
 from dsg.sae.splicing import SpliceSums
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dsg.errors import UserError
-from dsg.io.hub import hub_error, is_refusal, parse_name
+from dsg.io import hub_error, is_refusal, parse_name
 from dsg.sae.competing import COMPETING, CompetingFeatures
 from dsg.sae.features import Features, FeatureSlice, check_feature_ids
 

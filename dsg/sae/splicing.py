@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.lm.hooks import read_activations, resolve_hook_point
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import TokenBatch, read_activations, resolve_hook_point
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -12,8 +12,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsg.lm.hooks import read_activations
-from dsg.lm.tokens import TokenBatch
+from dsg.lm import TokenBatch, read_activations
 
 
 @dataclass(frozen=True)

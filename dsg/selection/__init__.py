@@ -1,1 +1,5 @@
 """Features -> sums -> ids -> threshold, and the splits of texts behind them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

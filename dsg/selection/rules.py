@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsg.errors import UserError
-from dsg.sae.features import check_feature_ids
+from dsg.sae import check_feature_ids
 from dsg.selection.statistics import FeatureStatistics, Importance
 
 # Keeps the ratio finite for features that never fire on retain text (released code's constant).

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dsg.errors import UserError
-from dsg.lm.hooks import check_width, read_activations
-from dsg.lm.tokens import (
+from dsg.lm import (
     TokenBatch,
+    check_width,
     encode_texts,
     length_batches,
     pad_sequences,
     padding_id,
+    read_activations,
     uncounted_token_ids,
 )
-from dsg.sae.features import check_finite
+from dsg.sae import check_finite
 
 if TYPE_CHECKING:
     from sae_lens import SAE

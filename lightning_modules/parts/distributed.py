@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dsg.guard.sweep import FiringRanks
-from dsg.selection.statistics import FeatureStatistics
+from dsg.guard import FiringRanks
+from dsg.selection import FeatureStatistics
 
 
 def exclude_frozen_from_ddp(module: lightning.LightningModule) -> None:

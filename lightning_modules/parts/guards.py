@@ -7,13 +7,11 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.guard.guard import Guard
-from dsg.guard.making import GuardMaker
-from dsg.guard.recipes import GuardSettings
-from dsg.io.hub import short_name
-from dsg.lm.identity import ModelIdentity
-from dsg.sae.loading import load_sae
-from dsg.selection.splits import guard_texts
+from dsg.guard import Guard, GuardMaker, GuardSettings
+from dsg.io import short_name
+from dsg.lm import ModelIdentity
+from dsg.sae import load_sae
+from dsg.selection import guard_texts
 from lightning_modules.parts.protocols import GUARD_DATA, GuardData, data_of
 
 if TYPE_CHECKING:

@@ -8,14 +8,28 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from dsg.attacks.drift import DRIFT_COLUMNS, Drift, measure_drift
-from dsg.evaluation.gather import PerSample, columns_of, score
-from dsg.evaluation.generation import said_text
-from dsg.evaluation.items import AnyBatch, Item, PassageBatch, Prompt, PromptBatch, QuestionBatch
-from dsg.evaluation.items_file import item_rows, write_items
-from dsg.evaluation.scoring import AnyGuard, Values
-from dsg.evaluation.summary import Measurement, in_id_order, named_twice, summarise
-from dsg.io.results import row, write_results
+from dsg.attacks import DRIFT_COLUMNS, Drift, measure_drift
+from dsg.evaluation import (
+    AnyBatch,
+    AnyGuard,
+    Item,
+    Measurement,
+    PassageBatch,
+    PerSample,
+    Prompt,
+    PromptBatch,
+    QuestionBatch,
+    Values,
+    columns_of,
+    in_id_order,
+    item_rows,
+    named_twice,
+    said_text,
+    score,
+    summarise,
+    write_items,
+)
+from dsg.io import row, write_results
 from lightning_modules.parts.protocols import Split
 
 _KINDS = ("questions", "passages", "prompts")

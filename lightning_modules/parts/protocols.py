@@ -15,9 +15,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsg.errors import UserError
-from dsg.evaluation.items import AnyBatch, Passage, Question
-from dsg.lm.tokens import TokenBatch
-from dsg.selection.splits import TextSource
+from dsg.evaluation import AnyBatch, Passage, Question
+from dsg.lm import TokenBatch
+from dsg.selection import TextSource
 
 Split = Literal["validation", "test"]
 

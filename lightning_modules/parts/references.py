@@ -5,7 +5,7 @@ from typing import Literal
 from torch import nn
 
 from dsg.errors import UserError, check_choice
-from dsg.lm.reference import AdapterOff, FrozenCopy, Reference
+from dsg.lm import AdapterOff, FrozenCopy, Reference
 from dsg.objectives.objective import Objective
 
 ReferenceKind = Literal["none", "frozen_copy", "adapter_off"]

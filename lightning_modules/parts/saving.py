@@ -7,9 +7,8 @@ import lightning
 from torch import nn
 from transformers import PreTrainedModel
 
-from dsg.guard.guard import Guard
-from dsg.guard.stack import GuardStack
-from dsg.lm.finite import check_weights
+from dsg.guard import Guard, GuardStack
+from dsg.lm import check_weights
 
 MODEL_FOLDER = "model"
 GUARDS_FOLDER = "guards"

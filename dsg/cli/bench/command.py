@@ -79,7 +79,7 @@ def _run_guard(options: argparse.Namespace) -> int:
     _check(options)
     from rich.console import Console
 
-    from dsg.io.results import write_atomically
+    from dsg.io import write_atomically
 
     found = {"machine": machine_facts(), "options": _plain(options), **_measure(options)}
     _print_tables(found, Console())

@@ -13,10 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dsg.cli.bench.dense import dense_clamp
-from dsg.guard.edit import Clamp, apply_clamps, clamp_entries
-from dsg.guard.gate import DensityGate, decide, fired_tokens
-from dsg.sae.features import Features
-from dsg.sae.loading import slice_features
+from dsg.guard import Clamp, DensityGate, apply_clamps, clamp_entries, decide, fired_tokens
+from dsg.sae import Features, slice_features
 
 if TYPE_CHECKING:
     from sae_lens import JumpReLUSAE

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, directory: Path | None) -> int:
     from rich.console import Console
 
-    from dsg.io.results import write_atomically
+    from dsg.io import write_atomically
 
     named = ("d_model", "num_layers", "vocab_size", "questions", "batch_sizes", "repeats", "seed")
     found = {

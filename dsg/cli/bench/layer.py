@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dsg.cli.bench.edit import CLAMP_VALUE, FIRED_IN_TRIGGERED, THRESHOLD, random_sae
-from dsg.guard.guard import Guard
-from dsg.lm.hooks import decoder_of, hidden_states, resolve_hook_point
-from dsg.sae.loading import slice_features
+from dsg.guard import Guard
+from dsg.lm import decoder_of, hidden_states, resolve_hook_point
+from dsg.sae import slice_features
 
 if TYPE_CHECKING:
     from sae_lens import JumpReLUSAE

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from dsg.evaluation.items import Question
+from dsg.evaluation import Question
 
 if TYPE_CHECKING:
     from transformers import Gemma2ForCausalLM

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from dsg.cli.bench.edit import random_sae
 from dsg.cli.bench.memory import highest_memory
-from dsg.lm.hooks import hidden_states, read_activations, resolve_hook_point
-from dsg.lm.tokens import TokenBatch
-from dsg.selection.statistics import collect_statistics
+from dsg.lm import TokenBatch, hidden_states, read_activations, resolve_hook_point
+from dsg.selection import collect_statistics
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -14,10 +14,8 @@ import torch
 
 from dsg.cli.bench.memory import forget_highest_memory, highest_memory
 from dsg.cli.bench.questions import Workload, random_model, random_questions, word_tokenizer
-from dsg.evaluation.collate import encode_question, question_collate
-from dsg.evaluation.items import Question
-from dsg.evaluation.scoring import score_questions
-from dsg.lm.tokens import length_batches
+from dsg.evaluation import Question, encode_question, question_collate, score_questions
+from dsg.lm import length_batches
 
 Side = Literal["harness", "ours"]
 BatchSize = int | Literal["auto"]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsg.evaluation.scales import mean_over_runs
+from dsg.evaluation import mean_over_runs
 
 
 def mean_over_draws(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

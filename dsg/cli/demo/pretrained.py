@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsg.errors import UserError
-from dsg.lm.hooks import check_width, resolve_hook_point
-from dsg.lm.pretrained import load_model
-from dsg.sae.loading import load_sae
+from dsg.lm import check_width, load_model, resolve_hook_point
+from dsg.sae import load_sae
 
 
 @dataclass(frozen=True)

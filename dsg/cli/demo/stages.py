@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from dsg.cli.demo.time_left import TimeLeft
-from dsg.io.results import read_results, write_atomically
+from dsg.io import read_results, write_atomically
 
 DONE_FILE = "stage.json"
 _Result = TypeVar("_Result")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from dsg.cli.demo.text_stages import EXPERIMENT, Part, TextCell
-from dsg.evaluation.continuation import continuation_rouge, is_measurable, mean_rouge
-from dsg.guard.guard import Guard
-from dsg.io.results import row, write_results
-from dsg.lm.pretrained import load_model
+from dsg.evaluation import continuation_rouge, is_measurable, mean_rouge
+from dsg.guard import Guard
+from dsg.io import row, write_results
+from dsg.lm import load_model
 
 
 def continue_passages(

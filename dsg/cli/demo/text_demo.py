@@ -19,14 +19,15 @@ from dsg.cli.interrupts import resumable
 from dsg.cli.quiet import calm_libraries
 from dsg.cli.tiny_world import HOOK_POINT, MODEL_FOLDER, SAE_FOLDER
 from dsg.errors import UserError
-from dsg.io.results import write_results, write_run_facts
+from dsg.io import write_results, write_run_facts
 from dsg.io.run_directory import run_directory
-from dsg.lm.pretrained import short_name
-from dsg.report import build_report, results_table
-from dsg.report.files import (
+from dsg.lm import short_name
+from dsg.report import (
     ChosenSettings,
     Densities,
     FeatureDescription,
+    build_report,
+    results_table,
     write_densities,
     write_features,
     write_settings,

@@ -65,7 +65,7 @@ def ensure_text_model(
     import dsg.sae.training
     import lightning_modules.pretraining
     from datamodules.text_files.files import file_facts
-    from dsg.io.cache import cached_folder, content_key
+    from dsg.io import cached_folder, content_key
 
     modules = (
         datamodules.parts.pretraining,
@@ -104,7 +104,7 @@ def _build(
     say: Callable[[str], None],
 ) -> None:
     from datamodules import TextFilesData
-    from dsg.evaluation.continuation import is_measurable
+    from dsg.evaluation import is_measurable
 
     rounds: list[dict[str, Any]] = []
     measurable = False
@@ -169,8 +169,8 @@ def _train_round(
 
 def _continuations(model_folder: Path, data: Any) -> dict[str, Any]:
     """ROUGE-L of validation passages, memorised and unseen, forget and retain together."""
-    from dsg.evaluation.continuation import continuation_rouge
-    from dsg.lm.pretrained import load_model
+    from dsg.evaluation import continuation_rouge
+    from dsg.lm import load_model
 
     model = load_model(str(model_folder))
     found = {}
@@ -183,9 +183,9 @@ def _continuations(model_folder: Path, data: Any) -> dict[str, Any]:
 
 def _train_sae(folder: Path, data: Any, seed: int, sizes: Sizes) -> None:
     from datamodules.text_files.data import spread
-    from dsg.lm.pretrained import load_model
-    from dsg.sae.training import SAETraining, gather_activations, train_sae
-    from dsg.selection.statistics import corpus_batches
+    from dsg.lm import load_model
+    from dsg.sae import SAETraining, gather_activations, train_sae
+    from dsg.selection import corpus_batches
 
     texts = [
         text

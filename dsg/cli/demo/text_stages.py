@@ -17,16 +17,13 @@ from dsg.cli.demo.text_model import TextFiles
 from dsg.cli.demo.trainers import Tracking, make_trainer
 from dsg.cli.grid.tuning import combinations
 from dsg.errors import UserError
-from dsg.evaluation.gather import score_all
-from dsg.evaluation.items import Passage
-from dsg.evaluation.metrics import auroc
-from dsg.guard.guard import Guard
-from dsg.guard.recipes import GuardSettings
-from dsg.io.results import read_results, write_results
-from dsg.lm.pretrained import load_model
-from dsg.report.features import describe_features
-from dsg.sae.loading import load_sae
-from dsg.selection.rules import Selection
+from dsg.evaluation import Passage, auroc, score_all
+from dsg.guard import Guard, GuardSettings
+from dsg.io import read_results, write_results
+from dsg.lm import load_model
+from dsg.report import describe_features
+from dsg.sae import load_sae
+from dsg.selection import Selection
 from lightning_modules import EvaluationModule, RelearningModule
 from lightning_modules.parts.guards import maker_from
 

@@ -16,7 +16,7 @@ from dsg.cli.tracking import (
     remove_folders,
     report_failure,
 )
-from dsg.io.atomic import write_atomically
+from dsg.io import write_atomically
 
 # Says beside a stage's metrics.csv under what prefix the W&B run holds the same rows.
 _PREFIX_FILE = ".tracked_as"

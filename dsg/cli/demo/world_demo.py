@@ -29,14 +29,15 @@ from dsg.cli.grid.tuning import NUM_RANDOM_DRAWS
 from dsg.cli.interrupts import resumable
 from dsg.cli.quiet import calm_libraries
 from dsg.cli.tiny_world import ensure_benchmark
-from dsg.guard.recipes import RECIPES
-from dsg.io.results import write_results, write_run_facts
+from dsg.guard import RECIPES
+from dsg.io import write_results, write_run_facts
 from dsg.io.run_directory import run_directory
-from dsg.report import build_report, results_table
-from dsg.report.files import (
+from dsg.report import (
     ChosenSettings,
     Densities,
     FeatureDescription,
+    build_report,
+    results_table,
     write_densities,
     write_features,
     write_settings,

@@ -28,15 +28,13 @@ from dsg.cli.grid.tuning import (
     combinations,
 )
 from dsg.cli.tiny_world import HOOK_POINT, MODEL_FOLDER, SAE_FOLDER
-from dsg.guard.guard import Guard
-from dsg.guard.recipes import GuardSettings
-from dsg.io.results import read_results
-from dsg.lm.pretrained import load_model
+from dsg.guard import Guard, GuardSettings
+from dsg.io import read_results
+from dsg.lm import load_model
 from dsg.objectives import RMU
-from dsg.report.features import describe_features
-from dsg.sae.loading import load_sae
-from dsg.selection.rules import Selection
-from dsg.selection.splits import guard_texts
+from dsg.report import describe_features
+from dsg.sae import load_sae
+from dsg.selection import Selection, guard_texts
 from lightning_modules import (
     EvaluationModule,
     RelearningModule,

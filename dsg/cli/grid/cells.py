@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsg.cli.grid.overrides import Config
-from dsg.io.results import RESULTS_FILE, read_results, write_atomically
+from dsg.io import RESULTS_FILE, read_results, write_atomically
 
 # Stands for the grid's run directory in a configuration, which therefore can be moved.
 RUN_DIR = "{run_dir}"

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsg.evaluation.unlearning_score import Outcome, unlearning_score
-from dsg.io.results import row
+from dsg.evaluation import Outcome
+from dsg.evaluation.unlearning_score import unlearning_score
+from dsg.io import row
 
 METRIC = "unlearning_score"
 _PROTOCOLS = ("cloze", "lm_eval", "dsg")

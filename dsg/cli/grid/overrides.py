@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
-from dsg.io.reading import read_yaml
+from dsg.io import read_yaml
 
 Config = dict[str, Any]
 

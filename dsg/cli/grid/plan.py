@@ -16,7 +16,7 @@ from dsg.cli.grid.choosing import Choice, Try, best, validation_scores
 from dsg.cli.grid.file import EPOCHS_KEY, GUARD_KEY, LR_KEY, Benchmark, Method, split_mode
 from dsg.cli.grid.kinds import Kind, check_kinds, kind_of, quiet, tracked
 from dsg.cli.grid.overrides import Config, changed, combinations, label, value_at, with_seed
-from dsg.io.results import read_run_facts
+from dsg.io import read_run_facts
 
 GUARDS_FILE = "guards.json"
 MODEL_FOLDER = "model"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsg.attacks.recovery import accuracy_curve, area_under_recovery, best_over_lr, epochs_to_half
+from dsg.attacks import accuracy_curve, area_under_recovery, best_over_lr, epochs_to_half
 from dsg.cli.grid.plan import Attacked, Place
 from dsg.errors import UserError
-from dsg.io.results import row
+from dsg.io import row
 
 DOMAINS = ("forget", "forget_shown", "forget_unshown")
 SHOWN, UNSHOWN = "forget_shown", "forget_unshown"

@@ -34,9 +34,14 @@ from dsg.cli.grid.tables import attack_table, sweep_table
 from dsg.cli.grid.work import instantiate, write_config
 from dsg.cli.grid.workers import Workers
 from dsg.cli.lightning_cli import resolve_benchmark, run_name
-from dsg.io.results import row, write_results, write_run_facts
-from dsg.report import build_report, results_table, save_overview_png
-from dsg.report.files import ChosenSettings, write_settings
+from dsg.io import row, write_results, write_run_facts
+from dsg.report import (
+    ChosenSettings,
+    build_report,
+    results_table,
+    save_overview_png,
+    write_settings,
+)
 
 TRIES_FILE = "tries.csv"
 ATTACKS_FILE = "attacks.csv"

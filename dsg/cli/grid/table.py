@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsg.evaluation.metrics import below_chance
-from dsg.evaluation.scales import mean_over_runs
-from dsg.io.results import write_atomically
+from dsg.evaluation import below_chance, mean_over_runs
+from dsg.io import write_atomically
 
 TABLE_FILE = "table.csv"
 SECONDS = "seconds_to_unlearn"

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 from dsg.cli.grid.recovery import AREA, COLLATERAL, HALF, SHOWN, UNSHOWN
-from dsg.report.measurements import method_name
+from dsg.report import method_name
 
 Line = Mapping[str, Any]
 

@@ -10,13 +10,10 @@ from rich.progress import track
 
 from dsg.cli.grid.choosing import Choice, Try, best
 from dsg.cli.grid.overrides import combinations
-from dsg.evaluation.gather import score_all
-from dsg.evaluation.items import Question, QuestionBatch
+from dsg.evaluation import Question, QuestionBatch, score_all
 from dsg.evaluation.metrics import alignment
-from dsg.guard.guard import Guard
-from dsg.guard.making import GuardMaker
-from dsg.guard.recipes import GuardSettings
-from dsg.selection.statistics import FeatureStatistics
+from dsg.guard import Guard, GuardMaker, GuardSettings
+from dsg.selection import FeatureStatistics
 
 CLAMP_VALUE = -40.0  # about 0.7 of the residual norm; the accuracy hardly moves beyond -20
 

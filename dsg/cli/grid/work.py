@@ -25,10 +25,10 @@ from dsg.cli.grid.plan import GUARDS_FILE
 from dsg.cli.grid.tuning import GuardTuner
 from dsg.cli.quiet import calm_libraries
 from dsg.errors import UserError
-from dsg.io.results import write_atomically
-from dsg.lm.pretrained import load_model
-from dsg.sae.loading import load_sae
-from dsg.selection.splits import guard_texts
+from dsg.io import write_atomically
+from dsg.lm import load_model
+from dsg.sae import load_sae
+from dsg.selection import guard_texts
 from lightning_modules.parts.guards import maker_from
 
 CONFIGS_FOLDER = "configs"

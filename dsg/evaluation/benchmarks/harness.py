@@ -11,11 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsg.errors import UserError
-from dsg.guard.forward import guarded
-from dsg.guard.guard import Guard
-from dsg.guard.stack import GuardStack
-from dsg.lm.hooks import unwrap
-from dsg.lm.tokens import pad_sequences, padding_id, uncounted_token_ids
+from dsg.guard import Guard, GuardStack, guarded
+from dsg.lm import pad_sequences, padding_id, uncounted_token_ids, unwrap
 
 try:
     from lm_eval.models.huggingface import HFLM

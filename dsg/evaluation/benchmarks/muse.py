@@ -16,7 +16,7 @@ from dsg.errors import UserError
 from dsg.evaluation.metrics import bootstrap_mean
 from dsg.evaluation.summary import Measurement
 from dsg.intervals import bootstrap
-from dsg.io.results import RESULTS_FILE, read_results
+from dsg.io import RESULTS_FILE, read_results
 
 VERBMEM, KNOWMEM_FORGET, KNOWMEM_RETAIN = "verbmem_forget", "knowmem_forget", "knowmem_retain"
 # Of the continuation, and of the true one with the bos token that the tokenizer adds: one word

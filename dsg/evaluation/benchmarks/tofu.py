@@ -16,7 +16,7 @@ from dsg.evaluation.items_file import read_items
 from dsg.evaluation.metrics import bootstrap_mean
 from dsg.evaluation.summary import Measurement
 from dsg.intervals import bootstrap
-from dsg.io.results import ITEMS_FILE
+from dsg.io import ITEMS_FILE
 
 PROTOCOL = "tofu"
 SELF = "self"

@@ -23,8 +23,7 @@ from dsg.evaluation.gather import score
 from dsg.evaluation.generation import said_text
 from dsg.evaluation.items import Prompt, item_key
 from dsg.evaluation.scoring import AnyGuard, Values
-from dsg.lm.chat import chat_text
-from dsg.lm.tokens import encode_texts
+from dsg.lm import chat_text, encode_texts
 
 NAME = "MT-Bench"
 NUM_TURNS = 2

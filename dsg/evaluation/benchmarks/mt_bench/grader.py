@@ -13,7 +13,7 @@ from dsg.evaluation.benchmarks.mt_bench.judge_api import ApiJudge
 from dsg.evaluation.benchmarks.mt_bench.judge_local import LocalJudge
 from dsg.evaluation.benchmarks.mt_bench.prompts import is_guided, load_prompts
 from dsg.evaluation.benchmarks.mt_bench.scores import Answers, Ratings
-from dsg.io.hub import short_name
+from dsg.io import short_name
 
 JUDGEMENTS_FILE = "judgements.jsonl"
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from dsg.errors import UserError, check_choice
 from dsg.evaluation.benchmarks.mt_bench.prompts import Message
-from dsg.io.hub import short_name
+from dsg.io import short_name
 
 LOWEST, HIGHEST = 1.0, 10.0
 Kind = Literal["api", "local"]

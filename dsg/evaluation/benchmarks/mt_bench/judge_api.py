@@ -7,7 +7,7 @@ from typing import Any
 from dsg.errors import UserError
 from dsg.evaluation.benchmarks.mt_bench.judge import JudgeFailure, JudgeSettings
 from dsg.evaluation.benchmarks.mt_bench.prompts import Message
-from dsg.io.hub import first_line
+from dsg.io import first_line
 
 _OPENAI = "https://api.openai.com/v1"
 _NO_KEY = "none"  # servers of one's own ask for no key, but the client insists on one

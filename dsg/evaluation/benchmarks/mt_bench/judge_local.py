@@ -8,8 +8,8 @@ import torch
 from dsg.errors import UserError
 from dsg.evaluation.benchmarks.mt_bench.judge import JudgeSettings
 from dsg.evaluation.benchmarks.mt_bench.prompts import Message
-from dsg.io.hub import first_line, parse_name
-from dsg.lm.weights import load_causal_lm
+from dsg.io import first_line, parse_name
+from dsg.lm import load_causal_lm
 
 _MAX_TOKENS = 2048  # of a judgement, where the settings leave it open
 

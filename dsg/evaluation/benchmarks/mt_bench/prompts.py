@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dsg.errors import UserError
 from dsg.evaluation.benchmarks.mt_bench.conversations import Conversation
-from dsg.io.reading import read_text
+from dsg.io import read_text
 
 Message = dict[str, str]
 

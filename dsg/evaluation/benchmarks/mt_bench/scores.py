@@ -13,7 +13,7 @@ from dsg.evaluation.metrics import bootstrap_mean
 from dsg.evaluation.scoring import Values
 from dsg.evaluation.summary import Measurement
 from dsg.intervals import bootstrap
-from dsg.selection.calibration import wilson
+from dsg.selection import wilson
 
 DOMAIN = "mt_bench"
 KIND = "conversations"

@@ -8,8 +8,8 @@ from typing import Any
 
 from dsg.evaluation.benchmarks.multiple_choice.subjects import topic
 from dsg.evaluation.items import Protocol, Question, item_key
-from dsg.lm.chat import chat_text
-from dsg.selection.splits import texts_digest
+from dsg.lm import chat_text
+from dsg.selection import texts_digest
 
 LETTERS = ("A", "B", "C", "D")
 _INTRODUCTION = "The following are multiple choice questions (with answers) about {topic}.\n"

@@ -13,10 +13,14 @@ from dsg.errors import UserError
 from dsg.evaluation.benchmarks.multiple_choice.permutations import RULES, Rule, kept_rows
 from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, rows_digest
 from dsg.evaluation.items import Protocol
-from dsg.io.hub import load_pretrained, short_name
-from dsg.io.reading import read_json
-from dsg.io.results import write_atomically
-from dsg.io.revisions import note_revision, noted_revision
+from dsg.io import (
+    load_pretrained,
+    note_revision,
+    noted_revision,
+    read_json,
+    short_name,
+    write_atomically,
+)
 
 FILTER_FILE = "questions.json"
 

@@ -1,0 +1,11 @@
+from .attacker import Attacker as Attacker
+from .attacker import AttackLoss as AttackLoss
+from .drift import DRIFT_COLUMNS as DRIFT_COLUMNS
+from .drift import Drift as Drift
+from .drift import measure_drift as measure_drift
+from .evade import Evade as Evade
+from .recovery import accuracy_curve as accuracy_curve
+from .recovery import area_under_recovery as area_under_recovery
+from .recovery import best_over_lr as best_over_lr
+from .recovery import epochs_to_half as epochs_to_half
+from .task import Task as Task

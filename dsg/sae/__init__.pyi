@@ -1,0 +1,17 @@
+from .competing import rebuild_features as rebuild_features
+from .features import DeviceOnlyModule as DeviceOnlyModule
+from .features import Features as Features
+from .features import check_feature_ids as check_feature_ids
+from .features import check_finite as check_finite
+from .fit import Fit as Fit
+from .fit import Verdict as Verdict
+from .fit import check_fit as check_fit
+from .fit import verdict as verdict
+from .loading import check_sae_name as check_sae_name
+from .loading import check_supported as check_supported
+from .loading import describe_sae as describe_sae
+from .loading import load_sae as load_sae
+from .loading import slice_features as slice_features
+from .training import SAETraining as SAETraining
+from .training import gather_activations as gather_activations
+from .training import train_sae as train_sae
