@@ -14,9 +14,9 @@ from dsg.lm import (
     TokenBatch,
     finite_loss,
     load_plain_model,
+    make_trainable,
     mean_nll,
     next_token_logits,
-    prepare_attack,
     trainable_weights,
 )
 from lightning_modules.parts.distributed import exclude_frozen_from_ddp
@@ -82,7 +82,7 @@ class FinetuningModule(lightning.LightningModule):
         if self.model is not None:
             return
         use_precision(self.trainer)
-        self.model = prepare_attack(
+        self.model = make_trainable(
             load_plain_model(self.model_name),
             self.adapter,
             self.lora_rank,

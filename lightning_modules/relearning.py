@@ -20,7 +20,7 @@ from dsg.lm import (
     finite_loss,
     load_model,
     load_plain_model,
-    prepare_attack,
+    make_trainable,
     short_name,
     trainable_weights,
     unwrap,
@@ -160,7 +160,7 @@ class RelearningModule(lightning.LightningModule):
         self.method = self.method or method_of(self.guard)
         if self.hook_point is not None:
             self.drift = self._remember(model, self.hook_point)
-        self.model = prepare_attack(
+        self.model = make_trainable(
             model, self.adapter, self.lora_rank, self.lora_alpha, self.lora_targets
         )
         exclude_frozen_from_ddp(self)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.guard import (
-    FiringRanks,
+    FirstFiring,
     Guard,
     GuardSettings,
     SweepPoint,
@@ -118,7 +118,7 @@ class SelectionModule(lightning.LightningModule):
         d_sae = self.sae.cfg.d_sae
         self.features: Features | None = None
         self.sums = {purpose: FeatureStatistics(d_sae) for purpose in SUMMED}
-        self.ranks: dict[str, FiringRanks] = {}
+        self.ranks: dict[str, FirstFiring] = {}
 
     def validation_step(
         self, batch: SelectionBatch, batch_idx: int, dataloader_idx: int = 0
@@ -208,7 +208,7 @@ class SelectionModule(lightning.LightningModule):
             self.selection = choose_features(self.guard_settings, *sums)
             feature_ids = self.selection.feature_ids
             self.features = slice_features(self.sae, feature_ids)
-            self.ranks = {purpose: FiringRanks(len(feature_ids)) for purpose in COUNTED}
+            self.ranks = {purpose: FirstFiring(len(feature_ids)) for purpose in COUNTED}
             self.calibration = FeatureStatistics(len(feature_ids))
         return self.features
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.evaluation import AnyBatch
-from dsg.guard import GuardMaker, GuardSettings, GuardStack
+from dsg.guard import GuardBuilder, GuardSettings, GuardStack
 from dsg.lm import Reference, finite_loss, load_plain_model, short_name, trainable_weights
 from dsg.objectives.objective import Objective
 from dsg.objectives.terms import check_positive
@@ -93,7 +93,7 @@ class SequentialModule(lightning.LightningModule):
         self.progress = Progress()
         self.model: PreTrainedModel | None = None
         self.reference: Reference | None = None
-        self.maker: GuardMaker | None = None
+        self.maker: GuardBuilder | None = None
         self.guards = GuardStack()
 
     def setup(self, stage: str) -> None:

@@ -15,7 +15,7 @@ from dsg.lm import (
     Reference,
     finite_loss,
     load_plain_model,
-    prepare_attack,
+    make_trainable,
     short_name,
     trainable_weights,
 )
@@ -131,7 +131,7 @@ class UnlearningModule(lightning.LightningModule):
         use_precision(self.trainer)
         model = load_plain_model(self.model_name)
         self.trainer.precision_plugin.convert_module(model)  # before it is copied
-        self.model = prepare_attack(
+        self.model = make_trainable(
             model,
             self.adapter,
             self.lora_rank,

@@ -18,7 +18,7 @@ from datamodules.tiny_world.texts import TinyWorldTexts
 from datamodules.tiny_world.words import DOMAINS
 from datamodules.tiny_world.world import World
 from dsg.cli.demo.world_demo import METHODS
-from dsg.cli.tiny_world import HOOK_POINT, ensure_benchmark
+from dsg.cli.tiny_world import HOOK_POINT, ensure_tiny_world
 from dsg.io.results import read_results
 from tests.wandb_reader import read_history
 
@@ -38,7 +38,7 @@ def dsg(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="session")
 def benchmark() -> Path:
     # The commands below train it themselves if need be; here it is done once, in the open.
-    return ensure_benchmark(0, show_progress=False)
+    return ensure_tiny_world(0, show_progress=False)
 
 
 def held_out_accuracy(folder: Path, seed: int) -> dict[tuple[str, str], float]:
@@ -78,7 +78,7 @@ def test_the_model_knows_its_world_in_frames_it_never_saw(benchmark: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_every_published_seed_knows_its_world(seed: int) -> None:
-    check_accuracy(ensure_benchmark(seed, show_progress=False), seed)
+    check_accuracy(ensure_tiny_world(seed, show_progress=False), seed)
 
 
 def test_the_sae_is_an_ordinary_saelens_folder(benchmark: Path) -> None:

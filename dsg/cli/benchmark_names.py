@@ -26,11 +26,11 @@ def resolve_benchmark(value: str) -> str:
             f"The embedded benchmark is named tiny_world:SEED/model or tiny_world:SEED/sae, "
             f"got {value!r}; mend the configuration."
         )
-    from dsg.cli.tiny_world import ensure_benchmark
+    from dsg.cli.tiny_world import ensure_tiny_world
 
     # Training it draws random numbers; a run must not depend on whether the cache was warm.
     with isolate_rng():
-        return str(ensure_benchmark(int(match[1])) / match[2])
+        return str(ensure_tiny_world(int(match[1])) / match[2])
 
 
 def map_strings(value: Any, replace: Callable[[str], str]) -> Any:

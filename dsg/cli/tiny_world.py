@@ -12,7 +12,7 @@ SAE_FOLDER = "sae"
 SAE_DOCUMENTS = 4000
 
 
-def ensure_benchmark(seed: int, show_progress: bool = True) -> Path:
+def ensure_tiny_world(seed: int, show_progress: bool = True) -> Path:
     """Folder with `model/` (model and tokenizer) and `sae/` of the tiny world of this seed.
 
     Args:

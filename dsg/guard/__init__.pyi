@@ -1,4 +1,4 @@
-from .edit import Clamp as Clamp
+from .edit import Write as Write
 from .edit import apply_clamps as apply_clamps
 from .edit import clamp_entries as clamp_entries
 from .forward import Forward as Forward
@@ -7,12 +7,12 @@ from .gate import DensityGate as DensityGate
 from .gate import decide as decide
 from .gate import fired_tokens as fired_tokens
 from .guard import Guard as Guard
-from .making import GuardMaker as GuardMaker
+from .making import GuardBuilder as GuardBuilder
 from .making import calibrate_guard as calibrate_guard
 from .making import draft_guard as draft_guard
 from .recipes import RECIPES as RECIPES
 from .recipes import GuardSettings as GuardSettings
 from .recipes import choose_features as choose_features
 from .stack import GuardStack as GuardStack
-from .sweep import FiringRanks as FiringRanks
+from .sweep import FirstFiring as FirstFiring
 from .sweep import SweepPoint as SweepPoint

@@ -13,7 +13,7 @@ from dsg.errors import UserError, check_choice
 from dsg.guard.calls import Calls
 from dsg.guard.following import Follower
 from dsg.guard.generation import Methods, guarded_methods
-from dsg.guard.panel import GuardLike, Panel, Policy
+from dsg.guard.panel import GuardGroup, GuardLike, Policy
 from dsg.guard.wiring import Wiring, hook_removed
 from dsg.lm import check_width, decoder_of, num_embeddings, resolve_hook_point, unwrap
 
@@ -99,7 +99,7 @@ class Attachment:
                 guard.model.check(model)
         self._model, self._inner, decoder = model, unwrap(model), decoder_of(model)
         layers = [self._layer(decoder, guard.hook_point) for guard in guards]
-        panel = Panel(guards, layers, policy, running=continuation == "running")
+        panel = GuardGroup(guards, layers, policy, running=continuation == "running")
         models = (model, self._inner)
         self._wiring = Wiring(models, decoder, panel.layers)
         self._calls = Calls(self._wiring.remove)
@@ -142,7 +142,7 @@ class Attachment:
     def repeat_sequences(self, cache: Any, repeats: int) -> None:
         """Repeats each sequence of a KV cache, to continue one prompt in several ways.
 
-        See `CacheMemory.repeat`.
+        See `CacheEvidence.repeat`.
         """
         self._follower.memory.repeat(cache, repeats)
 

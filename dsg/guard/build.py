@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dsg.errors import UserError
 from dsg.guard.edit import ClampScope, ClampUnit
 from dsg.guard.guard import Guard
-from dsg.guard.making import GuardMaker
+from dsg.guard.making import GuardBuilder
 from dsg.guard.recipes import GuardSettings
 from dsg.lm import unwrap
 from dsg.selection import FORGET_FRACTIONS, RETAIN_FRACTIONS, Importance, check_texts, split_by_hash
@@ -92,7 +92,7 @@ def build_guard(
         max_length=max_length,
         batch_size=batch_size,
     )
-    maker = GuardMaker(
+    maker = GuardBuilder(
         settings,
         unwrap(model),
         tokenizer,

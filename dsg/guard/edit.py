@@ -17,8 +17,8 @@ Edit = Literal["clamp", "refusal"]
 
 
 @dataclass(frozen=True)
-class Clamp:
-    """One guard's wish for one forward pass.
+class Write:
+    """What one guard writes in one forward pass.
 
     Attributes:
         features: The guard's features.
@@ -73,7 +73,7 @@ def refusal_entries(
 
 
 def apply_clamps(
-    h: Float[Tensor, "batch seq d_in"], clamps: Sequence[Clamp]
+    h: Float[Tensor, "batch seq d_in"], clamps: Sequence[Write]
 ) -> Float[Tensor, "batch seq d_in"]:
     """Adds (z' - z)[S] @ W_dec[S] of every clamp, oldest first, to the unedited stream.
 
@@ -104,7 +104,7 @@ def apply_clamps(
     return h if edited is None else torch.where(edited, total.to(h.dtype), h)
 
 
-def _written(clamp: Clamp, older: Sequence[Clamp]) -> Bool[Tensor, "batch seq k"]:
+def _written(clamp: Write, older: Sequence[Write]) -> Bool[Tensor, "batch seq k"]:
     """Entries of `clamp` that an older clamp writes."""
     taken = torch.zeros_like(clamp.entries)
     for other in older:

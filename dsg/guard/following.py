@@ -9,8 +9,8 @@ from torch import nn
 from dsg.errors import UserError
 from dsg.guard.calls import Calls
 from dsg.guard.inputs import ForwardInputs, argument, pop_masks
-from dsg.guard.kv_cache import CacheMemory, past_length
-from dsg.guard.panel import ForwardPass, GuardLike, Panel
+from dsg.guard.kv_cache import CacheEvidence, past_length
+from dsg.guard.panel import ForwardPass, GuardGroup, GuardLike
 from dsg.lm import hidden_states, is_reading, never_compiled
 
 
@@ -33,7 +33,7 @@ class Follower:
     def __init__(
         self,
         guards: Sequence[GuardLike],
-        panel: Panel,
+        panel: GuardGroup,
         calls: Calls,
         models: Sequence[nn.Module],
         decoder: nn.Module,
@@ -41,7 +41,7 @@ class Follower:
         by_prompt: bool,
         check: Callable[[], None],
     ) -> None:
-        self.memory = CacheMemory()
+        self.memory = CacheEvidence()
         self._guards, self._panel, self._calls = list(guards), panel, calls
         # Read once: buffers on an accelerator would make every forward pass wait for it.
         self._uncounted_ids = [guard.uncounted_ids for guard in guards]

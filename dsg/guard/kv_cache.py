@@ -17,7 +17,7 @@ class _Record:
     keys: "weakref.ref[Tensor] | None"
 
 
-class CacheMemory:
+class CacheEvidence:
     """Evidence per KV cache; a new cache begins a new input, and a dead one is forgotten."""
 
     def __init__(self) -> None:

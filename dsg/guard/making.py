@@ -151,7 +151,7 @@ def _given_threshold(settings: GuardSettings) -> float:
     return threshold
 
 
-class GuardMaker:
+class GuardBuilder:
     """Makes guards for one model and SAE; retain statistics are collected once for all of them.
 
     Args:

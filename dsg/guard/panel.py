@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from dsg.errors import UserError
 from dsg.guard.edit import (
-    Clamp,
     ClampScope,
     ClampUnit,
     Edit,
+    Write,
     apply_clamps,
     clamp_entries,
     refusal_entries,
@@ -91,7 +91,7 @@ class ForwardPass:
     finished: bool = False
 
 
-class Panel:
+class GuardGroup:
     """Guards at their layers.
 
     Args:
@@ -180,7 +180,7 @@ class Panel:
 
     def _clamp(
         self, forward: ForwardPass, layer: nn.Module, index: int, h: Tensor, feature_acts: Tensor
-    ) -> Clamp:
+    ) -> Write:
         guard, features = self.guards[index], self._features[index]
         positions = self._positions(forward, layer, index)
         forward.acted[index] = positions.any(1)
@@ -190,7 +190,7 @@ class Panel:
         else:
             entries = clamp_entries(feature_acts, positions, guard.clamp_scope, guard.trigger_limit)
         scale, in_residual_units = features.output_scale(h), guard.clamp_unit == "residual_norm"
-        return Clamp(features, feature_acts, entries, self._values[index], scale, in_residual_units)
+        return Write(features, feature_acts, entries, self._values[index], scale, in_residual_units)
 
     def _positions(self, forward: ForwardPass, layer: nn.Module, index: int) -> Tensor:
         """Where a guard may edit."""

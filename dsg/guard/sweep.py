@@ -16,7 +16,7 @@ from dsg.selection import Proportion, calibrate_threshold, false_positive_rate
 _TEXTS_AT_ONCE = 256
 
 
-class FiringRanks:
+class FirstFiring:
     """For each counted token of each text, the rank of the first selected feature that fires.
 
     The first n features fire on a token exactly if that rank is below n, so one small integer per
@@ -148,9 +148,9 @@ class SweepPoint:
 
 
 def sweep(
-    calibration: FiringRanks,
-    heldout: FiringRanks,
-    forget: FiringRanks,
+    calibration: FirstFiring,
+    heldout: FirstFiring,
+    forget: FirstFiring,
     percentile: float = 95.0,
     gate: Gate | None = None,
 ) -> list[SweepPoint]:

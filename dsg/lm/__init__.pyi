@@ -43,6 +43,6 @@ from .tokens import padding_id as padding_id
 from .tokens import shared_prefix as shared_prefix
 from .tokens import uncounted_token_ids as uncounted_token_ids
 from .trainable import LORA_TARGETS as LORA_TARGETS
-from .trainable import prepare_attack as prepare_attack
+from .trainable import make_trainable as make_trainable
 from .trainable import trainable_weights as trainable_weights
 from .weights import load_causal_lm as load_causal_lm

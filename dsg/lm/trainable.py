@@ -12,7 +12,7 @@ from dsg.lm.hooks import unwrap
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def prepare_attack(
+def make_trainable(
     model: nn.Module,
     kind: Literal["full", "lora"],
     rank: int = 8,

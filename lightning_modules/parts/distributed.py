@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dsg.guard import FiringRanks
+from dsg.guard import FirstFiring
 from dsg.selection import FeatureStatistics
 
 
@@ -83,7 +83,7 @@ def add_tensors_over_ranks(
             total.add_(row[0].to(total.device))
 
 
-def gather_firing_ranks(mine: FiringRanks, device: torch.device) -> FiringRanks:
+def gather_firing_ranks(mine: FirstFiring, device: torch.device) -> FirstFiring:
     """The texts of all ranks; every rank must call this.
 
     Args:
@@ -92,7 +92,7 @@ def gather_firing_ranks(mine: FiringRanks, device: torch.device) -> FiringRanks:
     """
     if not _several_ranks():
         return mine
-    found = FiringRanks(mine.num_features)
+    found = FirstFiring(mine.num_features)
     texts, tokens = (gather_rows(tensor, device) for tensor in mine.packed())
     for part in zip(texts, tokens, strict=True):
         found.add_packed(*part)

@@ -7,7 +7,7 @@ import lightning
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.guard import Guard, GuardMaker, GuardSettings
+from dsg.guard import Guard, GuardBuilder, GuardSettings
 from dsg.io import short_name
 from dsg.lm import ModelIdentity
 from dsg.sae import load_sae
@@ -64,7 +64,7 @@ def method_of(guard: Guard | None) -> str:
     return str(guard.facts.get("settings", {}).get("method", "guard"))
 
 
-def guard_of(maker: GuardMaker, data: GuardData) -> Guard:
+def guard_of(maker: GuardBuilder, data: GuardData) -> Guard:
     """Make the guard for what a data module wants forgotten now.
 
     Every rank makes it from all texts, so it does not depend on their number. As in
@@ -121,7 +121,7 @@ def describe(model: PreTrainedModel, guard: Guard | None) -> dict[str, Any]:
 
 def guard_maker(
     settings: GuardSettings, model: PreTrainedModel, trainer: lightning.Trainer
-) -> GuardMaker:
+) -> GuardBuilder:
     """What makes guards for several requests; collects the retain statistics at once."""
     if settings.artifact is not None:
         raise UserError(
@@ -138,9 +138,9 @@ def guard_maker(
 
 def maker_from(
     settings: GuardSettings, model: PreTrainedModel, sae: "SAE[Any]", data: GuardData
-) -> GuardMaker:
+) -> GuardBuilder:
     """What makes guards from a data module's texts."""
-    return GuardMaker(
+    return GuardBuilder(
         settings,
         model,
         data.tokenizer,

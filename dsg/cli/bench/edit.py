@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dsg.cli.bench.dense import dense_clamp
-from dsg.guard import Clamp, DensityGate, apply_clamps, clamp_entries, decide, fired_tokens
+from dsg.guard import DensityGate, Write, apply_clamps, clamp_entries, decide, fired_tokens
 from dsg.sae import Features, slice_features
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def sliced(
     prompt = torch.ones_like(token_mask)
     positions, _ = decide(DensityGate(), fired, token_mask, prompt, THRESHOLD)
     entries = clamp_entries(feature_acts, positions & token_mask, "all")
-    return apply_clamps(h, [Clamp(features, feature_acts, entries, CLAMP_VALUE)])
+    return apply_clamps(h, [Write(features, feature_acts, entries, CLAMP_VALUE)])
 
 
 def random_sae(d_in: int, d_sae: int, seed: int) -> "JumpReLUSAE":

@@ -28,7 +28,7 @@ from dsg.cli.demo.world_stages import (
 from dsg.cli.grid.tuning import NUM_RANDOM_DRAWS
 from dsg.cli.interrupts import resumable
 from dsg.cli.quiet import calm_libraries
-from dsg.cli.tiny_world import ensure_benchmark
+from dsg.cli.tiny_world import ensure_tiny_world
 from dsg.guard import RECIPES
 from dsg.io import write_results, write_run_facts
 from dsg.io.run_directory import run_directory
@@ -76,7 +76,7 @@ def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:
             console.print(
                 f"[bold]seed {seed}: tokenizer, model and SAE[/bold] (cached after the first run)"
             )
-            benchmark = ensure_benchmark(seed)
+            benchmark = ensure_tiny_world(seed)
             choices: list[ChosenSettings] = []
             for forget_domain in options.forget_domains:
                 context = Context(Cell(benchmark, seed, forget_domain), tracking)

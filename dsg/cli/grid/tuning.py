@@ -12,7 +12,7 @@ from dsg.cli.grid.choosing import Choice, Try, best
 from dsg.cli.grid.overrides import combinations
 from dsg.evaluation import Question, QuestionBatch, score_all
 from dsg.evaluation.metrics import alignment
-from dsg.guard import Guard, GuardMaker, GuardSettings
+from dsg.guard import Guard, GuardBuilder, GuardSettings
 from dsg.selection import FeatureStatistics
 
 CLAMP_VALUE = -40.0  # about 0.7 of the residual norm; the accuracy hardly moves beyond -20
@@ -60,7 +60,7 @@ class GuardTuner:
 
     def __init__(
         self,
-        maker: GuardMaker,
+        maker: GuardBuilder,
         forget: FeatureStatistics,
         questions: Sequence[Question],
         batches: Sequence[QuestionBatch],

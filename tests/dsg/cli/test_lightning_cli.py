@@ -174,12 +174,12 @@ def test_embedded_benchmark_is_resolved_for_the_run_but_not_saved(write_config, 
 
     drawn = []
 
-    def ensure_benchmark(seed):
+    def ensure_tiny_world(seed):
         torch.rand(seed)  # training draws random numbers when the cache is cold
         drawn.append(seed)
         return Path("/cache") / str(seed)
 
-    fake = types.SimpleNamespace(ensure_benchmark=ensure_benchmark)
+    fake = types.SimpleNamespace(ensure_tiny_world=ensure_tiny_world)
     monkeypatch.setitem(sys.modules, "dsg.cli.tiny_world", fake)
     seen = []
     monkeypatch.setattr(

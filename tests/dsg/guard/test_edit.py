@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dsg.guard.edit import Clamp, apply_clamps, clamp_entries
+from dsg.guard.edit import Write, apply_clamps, clamp_entries
 from dsg.sae.loading import slice_features
 from tests.guard_reference import FEATURES, LAYER, make_guard
 from tests.helpers import identity_sae, jumprelu_sae, random_ids, standard_sae, tiny_model
@@ -25,7 +25,7 @@ def test_edit_equals_full_decode_in_float64():
     z_new = z.clone()
     z_new[..., [3, 0, 7]] = torch.where(entries, -50.0, z[..., [3, 0, 7]])
     expected = h + sae.decode(z_new) - sae.decode(z)
-    actual = apply_clamps(h, [Clamp(features, features.encode(h), entries, -50.0)])
+    actual = apply_clamps(h, [Write(features, features.encode(h), entries, -50.0)])
     torch.testing.assert_close(actual, expected)
     untouched = ~entries.any(-1)
     assert untouched.any()
@@ -36,7 +36,7 @@ def test_nothing_to_write_returns_the_very_tensor():
     features = slice_features(standard_sae(), [0])
     h = torch.randn(1, 2, 16)
     entries = torch.zeros(1, 2, 1, dtype=torch.bool)
-    assert apply_clamps(h, [Clamp(features, features.encode(h), entries, -5.0)]) is h
+    assert apply_clamps(h, [Write(features, features.encode(h), entries, -5.0)]) is h
     assert apply_clamps(h, []) is h
 
 
@@ -45,7 +45,7 @@ def test_shared_feature_is_written_once_by_the_oldest_that_writes_there():
     h = torch.zeros(1, 2, 16)
     h[0, :, :3] = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     clamps = [
-        Clamp(part, z := part.encode(h), clamp_entries(z, torch.ones(1, 2).bool(), "all"), value)
+        Write(part, z := part.encode(h), clamp_entries(z, torch.ones(1, 2).bool(), "all"), value)
         for part, value in zip(features, (-10.0, -20.0), strict=True)
     ]
     edited = apply_clamps(h, clamps)
@@ -59,7 +59,7 @@ def test_sum_is_formed_in_float32_and_cast_back():
     z = features.encode(h)
     entries = clamp_entries(z, torch.ones(1, 4).bool(), "all")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        edited = apply_clamps(h, [Clamp(features, z, entries, -500.0)])
+        edited = apply_clamps(h, [Write(features, z, entries, -500.0)])
     delta = torch.where(entries, -500.0 - z, 0.0).double() @ features.W_dec.double()
     expected = torch.where(entries.any(-1, keepdim=True), h.double() + delta, h.double())
     assert edited.dtype == torch.bfloat16
@@ -74,7 +74,7 @@ def test_gradients_flow_through_the_delta():
     h = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
     z = features.encode(h)
     entries = clamp_entries(z, torch.ones(1, 4).bool(), "active").detach()
-    edited = apply_clamps(h, [Clamp(features, z, entries, -50.0)])
+    edited = apply_clamps(h, [Write(features, z, entries, -50.0)])
     (actual,) = torch.autograd.grad((edited * weights).sum(), h)
     # z' is a constant where it is written, so only -z = -relu(h W + b) depends on h.
     back = (weights @ features.W_dec.T) * entries

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from dsg.errors import UserError
-from dsg.guard.kv_cache import CacheMemory
+from dsg.guard.kv_cache import CacheEvidence
 from dsg.lm.tokens import pad_sequences
 from tests.guard_reference import UNCOUNTED, greedy, make_guard, reference
 from tests.helpers import random_ids, standard_sae
@@ -199,4 +199,4 @@ def test_sliding_window_models_generate_under_guard():
 
 def test_only_a_known_cache_can_be_repeated():
     with pytest.raises(UserError, match="must be filled while the guard is attached"):
-        CacheMemory().repeat(DynamicCache(), 2)
+        CacheEvidence().repeat(DynamicCache(), 2)

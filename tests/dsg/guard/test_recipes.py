@@ -5,7 +5,7 @@ import torch
 
 from dsg.errors import UserError
 from dsg.guard.build import build_guard
-from dsg.guard.making import GuardMaker
+from dsg.guard.making import GuardBuilder
 from dsg.guard.recipes import GuardSettings
 from dsg.selection.splits import FORGET_FRACTIONS, split_by_hash
 from tests.helpers import HOOK_POINT, standard_sae
@@ -25,7 +25,7 @@ SETTINGS = GuardSettings(
 
 @pytest.fixture
 def make(model, tokenizer):
-    maker = GuardMaker(SETTINGS, model, tokenizer, standard_sae(), RETAIN, CALIBRATION, HELDOUT)
+    maker = GuardBuilder(SETTINGS, model, tokenizer, standard_sae(), RETAIN, CALIBRATION, HELDOUT)
 
     def make(**changes):
         maker.settings = replace(SETTINGS, **changes)

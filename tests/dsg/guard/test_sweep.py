@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dsg.errors import UserError
 from dsg.guard.gate import CusumGate, DensityGate, WindowGate
-from dsg.guard.sweep import FiringRanks, sweep
+from dsg.guard.sweep import FirstFiring, sweep
 from dsg.lm.hooks import read_activations
 from dsg.sae.loading import slice_features
 from dsg.selection.calibration import calibrate_threshold
@@ -25,8 +25,8 @@ def random_texts(seed: int, num_texts: int, num_features: int):
     return active, counted
 
 
-def ranks_of(active, counted, order=None, batch_size=4) -> FiringRanks:
-    found = FiringRanks(active.shape[-1])
+def ranks_of(active, counted, order=None, batch_size=4) -> FirstFiring:
+    found = FirstFiring(active.shape[-1])
     order = torch.arange(len(active)) if order is None else order
     for ids in order.split(batch_size):
         found.update(ids, active[ids], counted[ids])
@@ -93,7 +93,7 @@ def test_a_smaller_selection_is_the_beginning_of_a_larger_one(model, tokenizer):
     for select, argument in ((select_fisher_ratio, 50.0), (select_frequency, 0.6)):
         ids = select(forget, retain, 6, argument).feature_ids
         assert len(ids) == 6
-        ranks = FiringRanks(6)
+        ranks = FirstFiring(6)
         first_id = 0
         for batch in calibration:
             acts = slice_features(sae, ids).encode(read_activations(model, HOOK_POINT, batch))
@@ -116,7 +116,7 @@ def test_memory_is_one_small_integer_per_counted_token(num_features, bytes_per_t
     active, counted = random_texts(0, 40, num_features)
     ranks = ranks_of(active, counted)
     assert ranks.num_bytes == bytes_per_token * int(counted.sum()) + 16 * 40
-    quiet = FiringRanks(num_features)
+    quiet = FirstFiring(num_features)
     quiet.update(torch.arange(40), torch.zeros_like(active), counted)
     assert not quiet.densities().any()
 
@@ -126,7 +126,7 @@ def test_packed_parts_arrive_whole(num_features):
     active, counted = random_texts(5, 9, num_features)
     active[..., :-1] = False  # only the last rank, the largest number, ever occurs
     whole = ranks_of(active, counted)
-    merged = FiringRanks(num_features)
+    merged = FirstFiring(num_features)
     for ids in (torch.tensor([7, 1, 4, 0]), torch.tensor([], dtype=torch.long), [2, 3, 5, 6, 8]):
         ids = torch.as_tensor(ids)
         merged.add_packed(*ranks_of(active, counted, ids).packed())
@@ -136,15 +136,15 @@ def test_packed_parts_arrive_whole(num_features):
 
 
 def test_no_text_has_no_density():
-    assert FiringRanks(2).densities().shape == (0,)
-    assert FiringRanks(2).statistics(WindowGate(2)).shape == (0,)
+    assert FirstFiring(2).densities().shape == (0,)
+    assert FirstFiring(2).statistics(WindowGate(2)).shape == (0,)
     with pytest.raises(UserError, match="`densities` must be finite and at least one, got 0"):
-        sweep(FiringRanks(2), FiringRanks(2), FiringRanks(2))
+        sweep(FirstFiring(2), FirstFiring(2), FirstFiring(2))
 
 
 def test_errors():
     with pytest.raises(UserError, match="`num_features` must be at least 1, got 0"):
-        FiringRanks(0)
+        FirstFiring(0)
     ranks = ranks_of(*random_texts(0, 3, 2))
     for n in (0, 3):
         with pytest.raises(UserError, match=rf"must be in \[1, 2\].* got {n}"):

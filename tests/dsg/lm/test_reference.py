@@ -5,7 +5,7 @@ from torch import nn
 
 from dsg.errors import UserError
 from dsg.lm.reference import AdapterOff, FrozenCopy
-from dsg.lm.trainable import prepare_attack
+from dsg.lm.trainable import make_trainable
 from tests.dsg.objectives.toys import token_batch
 from tests.helpers import BOS, tiny_model
 
@@ -14,7 +14,7 @@ BATCH = token_batch([BOS, 5, 6, 7], [BOS, 8])
 
 def adapted_model(**overrides: object) -> nn.Module:
     """A model whose adapter does something."""
-    model = prepare_attack(tiny_model(**overrides), "lora")
+    model = make_trainable(tiny_model(**overrides), "lora")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:

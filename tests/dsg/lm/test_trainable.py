@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsg.errors import UserError
-from dsg.lm.trainable import prepare_attack, trainable_weights
+from dsg.lm.trainable import make_trainable, trainable_weights
 from tests.helpers import random_ids
 
 
@@ -15,7 +15,7 @@ def take_a_step(model) -> None:
 
 def test_lora_trains_the_adapter_and_nothing_else(model):
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    attacked = prepare_attack(model, "lora", rank=2)
+    attacked = make_trainable(model, "lora", rank=2)
     assert all("lora_" in name for name in trainable_weights(attacked))
     take_a_step(attacked)
     raised = [w.norm() for name, w in attacked.named_parameters() if "lora_B" in name]
@@ -33,17 +33,17 @@ def test_lora_trains_the_adapter_and_nothing_else(model):
 def test_a_new_adapter_does_not_change_the_model(model):
     ids = random_ids(2, 6)
     expected = model(ids).logits
-    assert torch.equal(prepare_attack(model, "lora")(ids).logits, expected)
+    assert torch.equal(make_trainable(model, "lora")(ids).logits, expected)
 
 
 def test_a_target_may_name_part_of_a_path(model):
-    attacked = prepare_attack(model, "lora", rank=2, targets=["self_attn.q_proj"])
+    attacked = make_trainable(model, "lora", rank=2, targets=["self_attn.q_proj"])
     assert len(trainable_weights(attacked)) == 3 * 2
 
 
 def test_full_trains_every_weight(model):
     model.requires_grad_(False)
-    attacked = prepare_attack(model, "full")
+    attacked = make_trainable(model, "full")
     assert attacked is model
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     take_a_step(attacked)
@@ -51,9 +51,9 @@ def test_full_trains_every_weight(model):
 
 
 def test_every_attack_starts_a_new_adapter(model):
-    attacked = prepare_attack(model, "lora")
+    attacked = make_trainable(model, "lora")
     with pytest.raises(UserError, match=r"`model` must be a plain model without adapter"):
-        prepare_attack(attacked, "lora")
+        make_trainable(attacked, "lora")
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_every_attack_starts_a_new_adapter(model):
 )
 def test_bad_settings(model, settings, message):
     with pytest.raises(UserError, match=message):
-        prepare_attack(model, **settings)
+        make_trainable(model, **settings)

@@ -8,7 +8,7 @@ import torch
 
 from dsg.lm.likelihood import mean_nll, next_token_logits
 from dsg.lm.reference import AdapterOff, FrozenCopy
-from dsg.lm.trainable import prepare_attack
+from dsg.lm.trainable import make_trainable
 from dsg.objectives import (
     NPO,
     RMU,
@@ -152,7 +152,7 @@ def test_both_references_give_the_same_loss_and_gradient_for_an_adapter(name):
     results = []
     for reference_of in (AdapterOff, lambda _model: FrozenCopy(tiny_model())):
         torch.manual_seed(0)
-        model = prepare_attack(tiny_model(), "lora")
+        model = make_trainable(tiny_model(), "lora")
         with torch.no_grad():
             for parameter_name, weight in model.named_parameters():
                 if "lora_B" in parameter_name:

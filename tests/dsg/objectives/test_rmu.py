@@ -6,7 +6,7 @@ from torch import nn
 
 from dsg.errors import UserError
 from dsg.lm.tokens import TokenBatch, pad_sequences
-from dsg.lm.trainable import prepare_attack
+from dsg.lm.trainable import make_trainable
 from dsg.objectives.rmu import RMU, control_direction, masked_mse, trainable_names
 from tests.helpers import BOS, HOOK_POINT, PAD, tiny_model
 
@@ -115,7 +115,7 @@ def test_a_hook_point_that_is_no_layer(model):
 
 
 def test_of_an_adapter_it_trains_what_lies_in_its_layers(model):
-    adapted = prepare_attack(model, "lora", targets=["down_proj", "q_proj"])
+    adapted = make_trainable(model, "lora", targets=["down_proj", "q_proj"])
     objective = rmu(adapted, num_layers=1, target="mlp.", steering=5.0)
     trained = {n for n, weight in adapted.named_parameters() if weight.requires_grad}
     assert {name.split("base_model.model.model.")[1] for name in trained} == {
@@ -132,7 +132,7 @@ def test_of_an_adapter_it_trains_what_lies_in_its_layers(model):
 
 
 def test_an_adapter_elsewhere(model):
-    adapted = prepare_attack(model, "lora", targets=["q_proj"])
+    adapted = make_trainable(model, "lora", targets=["q_proj"])
     with pytest.raises(UserError, match=r"`target` must match weights that are trained, got 'mlp."):
         rmu(adapted, target="mlp.")
 

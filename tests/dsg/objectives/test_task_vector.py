@@ -4,7 +4,7 @@ from torch import nn
 
 from dsg.errors import UserError
 from dsg.lm.likelihood import mean_nll, next_token_logits
-from dsg.lm.trainable import prepare_attack
+from dsg.lm.trainable import make_trainable
 from dsg.objectives.task_vector import TaskVector
 from tests.dsg.objectives.toys import TABLE, TableModel, hand_nlls, mean, token_batch
 from tests.helpers import BOS, tiny_model
@@ -82,7 +82,7 @@ def test_it_makes_the_forget_text_less_likely(model):
 
 
 def test_a_lora_adapter_is_mirrored_in_its_product():
-    model = prepare_attack(tiny_model(), "lora")
+    model = make_trainable(tiny_model(), "lora")
     objective = task_vector(model, scale=2.0)
     fine_tune(model, objective)
     name = "base_model.model.model.layers.0.mlp.up_proj"
@@ -94,7 +94,7 @@ def test_a_lora_adapter_is_mirrored_in_its_product():
 
 
 def test_a_lora_adapter_at_scale_zero_is_off():
-    model = prepare_attack(tiny_model(), "lora")
+    model = make_trainable(tiny_model(), "lora")
     objective = task_vector(model, scale=0.0)
     fine_tune(model, objective)
     expected = tiny_model()(FORGET.input_ids).logits
@@ -117,7 +117,7 @@ def test_frozen_weights_are_neither_kept_nor_changed(model):
 def test_bad_input(model):
     with pytest.raises(UserError, match=r"`scale` must be at least 0 and finite, got -1.0"):
         task_vector(model, scale=-1.0)
-    adapted = prepare_attack(model, "lora")
+    adapted = make_trainable(model, "lora")
     fine_tune(adapted, task_vector(adapted))
     with pytest.raises(UserError, match=r"the adapter must be new \(B = 0\).*lora_B"):
         task_vector(adapted)

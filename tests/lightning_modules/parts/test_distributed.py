@@ -3,7 +3,7 @@ import multiprocessing
 import pytest
 import torch
 
-from dsg.guard.sweep import FiringRanks
+from dsg.guard.sweep import FirstFiring
 from dsg.selection.statistics import FeatureStatistics
 from lightning_modules.parts.distributed import (
     add_over_ranks,
@@ -22,8 +22,8 @@ def statistics(batch: int) -> FeatureStatistics:
     return found
 
 
-def firing_ranks(batches: range) -> FiringRanks:
-    found = FiringRanks(300)  # two bytes a token
+def firing_ranks(batches: range) -> FirstFiring:
+    found = FirstFiring(300)  # two bytes a token
     for batch in batches:
         active = torch.rand(2, 4, 300, generator=torch.Generator().manual_seed(batch)) > 0.99
         counted = torch.tensor([[True] * 4, [True] * (batch % 4) + [False] * (4 - batch % 4)])
