@@ -1,152 +1,109 @@
-"""What the README names exists, and its Python example uses the real interface."""
+"""What the READMEs name exists, their trees match, and the example of the front page runs."""
 
-import csv
 import inspect
 import re
 from pathlib import Path
 
 import pytest
-import yaml
+import torch
 
 import dsg
+from tests.helpers import random_ids, standard_sae, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FRONT = ROOT / "README.md"
+PAGES = sorted(
+    [FRONT, ROOT / ".github" / "CONTRIBUTING.md"]
+    + [
+        path
+        for name in ("configs", "dsg", "datamodules", "lightning_modules")
+        for path in (ROOT / name).rglob("README.md")
+    ]
+)
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 
 
-def test_every_configuration_that_is_named_exists():
-    named = set(re.findall(r"configs/[\w/]+\.yaml", README))
-    assert len(named) >= 8
-    assert all((ROOT / path).is_file() for path in named)
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_file_of_the_tree_exists():
-    tree = README.split("## The tree")[1].split("```")[1]
-    folder, seen = "", 0
-    for line in tree.splitlines():
-        if not line.strip():
+def test_every_package_has_a_page():
+    named = {page.parent.relative_to(ROOT).as_posix() for page in PAGES}
+    wanted = {
+        ".",
+        "configs",
+        "configs/grids",
+        "configs/reproduce",
+        "datamodules",
+        "lightning_modules",
+    }
+    assert wanted | {"dsg", "dsg/guard", "dsg/attacks", "dsg/evaluation"} <= named
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
             continue
-        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
-        if not line.startswith(" "):
-            folder = names[0]
-            names = [""]
-        for name in names:
-            found = list((ROOT / folder).glob(name)) if name else [ROOT / folder]
-            assert found, f"{folder}{name}"
-            assert all(path.exists() for path in found)
-            seen += 1
-    assert seen > 20
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
 
 
-def test_pictures_exist():
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
-    assert pictures
-    assert all((ROOT / path).is_file() for path in pictures)
+@each_page
+def test_every_file_that_is_named_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for path in set(re.findall(r"configs/[\w/]+\.yaml", text)):
+        assert (ROOT / path).is_file(), path
+    for name in set(re.findall(r"`([\w/]+\.py)`", text)) - {"mine.py"}:
+        assert (page.parent / name).is_file() or (ROOT / name).is_file(), name
 
 
-def test_the_example_passes_arguments_that_exist():
-    example = README.split("## From Python")[1].split("```python")[1].split("```")[0]
+def test_the_front_page_is_short_and_shows_code_early():
+    lines = FRONT.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 200
+    assert lines.index("```python") < 60
+
+
+def test_the_rooms_of_the_front_page_are_the_folders():
+    tree = FRONT.read_text(encoding="utf-8").split("## The rooms")[1].split("```")[1]
+    rooms = set(re.findall(r"^  (\w+)/ ", tree, flags=re.M))
+    folders = {path.parent.name for path in (ROOT / "dsg").glob("*/__init__.py")}
+    assert rooms == folders
+    for folder in re.findall(r"^(\w+)/ ", tree, flags=re.M):
+        assert (ROOT / folder).is_dir()
+
+
+def test_the_table_of_files_is_complete():
+    page = (ROOT / "dsg" / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w/]+\.py)` \|", page, flags=re.M)
+    files = {path.relative_to(ROOT / "dsg").as_posix() for path in (ROOT / "dsg").rglob("*.py")}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {name for name in files if not name.endswith("__.py")}
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    example = FRONT.read_text(encoding="utf-8").split("```python")[1].split("```")[0]
     used = set(re.findall(r"(\w+)=", example.split("build_guard(")[1].split(")")[0]))
     assert used <= set(inspect.signature(dsg.build_guard).parameters)
-    for name in re.findall(r"dsg\.(\w+)", example):
-        assert hasattr(dsg, name)
-    for name in re.findall(r"guard\.(\w+)", example):
-        if name not in ("feature_ids", "threshold", "clamp_value"):
-            assert callable(getattr(dsg.Guard, name))
-        else:
-            assert isinstance(getattr(dsg.Guard, name), property)
-
-
-METHODS_TABLE = "| method | forget %"
-METHODS = {
-    "no unlearning": "base",
-    "DSG": "dsg",
-    "DSG, near data in calibration": "dsg_near",
-    "static clamp, tuned (no gate)": "static_clamp",
-    "Farrell et al.": "farrell",
-    "Clamp Prime": "clamp_prime",
-    "Refusal Clamp": "refusal_clamp",
-    "random features": "random",
-    "RMU": "rmu",
-    "GA": "ga",
-    "GradDiff": "grad_diff",
-    "NPO": "npo",
-    "SimNPO": "simnpo",
-    "SCRUB": "scrub",
-    "SSD": "ssd",
-    "task vector": "task_vector",
-}
-
-
-def table(beginning: str) -> list[dict[str, str]]:
-    """Rows of the table whose header begins so, by column, without emphasis."""
-    body = README[README.index(f"{beginning} |") :].split("\n\n")[0].replace("**", "")
-    header, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()
-    )
-    return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-@pytest.fixture(scope="module")
-def measured():
-    """Lines of the grid behind the tables."""
-    keys = ("phase", "attack", "method", "mode", "guard", "domain", "metric")
-    with (ROOT / ".github" / "grid.csv").open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["protocol"] in ("cloze", "passages")]
-    return {tuple(line[key] for key in keys): line for line in lines}
-
-
-def interval(line, scale: float, digits: int) -> str:
-    def shown(number: str, digits: int = digits) -> str:
-        return f"{scale * float(number):.{digits}f}".replace("100.0", "100")
-
-    return f"{shown(line['mean'])} [{shown(line['low'])}, {shown(line['high'])}]"
-
-
-def test_the_table_of_methods_is_what_was_measured(measured):
-    rows = table(METHODS_TABLE)
-    assert [row["method"] for row in rows] == list(METHODS)
-    for row in rows:
-        method = METHODS[row["method"]]
-        guarded = ("unlearning", "", method, "", "on", "forget", "accuracy") in measured
-        for domain in ("forget", "near", "retain"):
-            place = ("unlearning", "", method, "", "on" if guarded else "none", domain)
-            found = row[f"{domain} %"].replace("▼", "")
-            assert found == interval(measured[*place, "accuracy"], 100, 1), (method, domain)
-
-
-def test_recovery_is_quoted_of_shown_facts(measured):
-    """What other facts lose with the attack itself would hide it."""
-    quoted = 0
-    for row in table("| attack | what is attacked"):
-        name, area, half = row["what is attacked"], row["area"], row["half"]
-        if area == "–":
-            continue
-        kind = {"full": "relearn_full", "LoRA": "relearn_lora"}[row["attack"]]
-        mode = next((mode for mode in ("test", "train") if f"{mode} time" in name), "")
-        short = name.split(",")[0].split(" at ")[0]
-        method = next(method for known, method in METHODS.items() if known.split(",")[0] == short)
-        place = ("attack", kind, method, f"{mode}_time" if mode else "", "on" if mode else "none")
-        assert area == interval(measured[*place, "forget_shown", "recovery_area"], 1, 2), name
-        line = measured.get((*place, "forget_shown", "epochs_to_half"))
-        if half != "–":
-            assert half.split(" (")[0] == interval(line, 1, 1), name
-            assert ("of 3 seeds" in half) == (line["n_seeds"] != "3")
-        quoted += 1
-    assert quoted >= 10
-
-
-def test_a_clamp_that_is_tuned_by_itself_is_not_called_dsg_without_its_gate():
-    grid = yaml.safe_load((ROOT / "configs/grids/tiny_world.yaml").read_text(encoding="utf-8"))
-    assert grid["methods"]["static_clamp"].get("settings_of") != "dsg"
-    named = [line for line in README.splitlines() if re.match(r"\|.*static clamp.*\[", line)]
-    assert named
-    assert all("static clamp, tuned" in line for line in named)
-
-
-def test_what_is_said_of_gates_is_the_range_of_the_table():
-    kept = {row["method"]: float(row["retain %"].split()[0]) for row in table(METHODS_TABLE)}
-    ungated = ("static clamp, tuned (no gate)", "Farrell et al.", "Clamp Prime", "Refusal Clamp")
-    losses = [kept["no unlearning"] - kept[name] for name in ungated]
-    said = re.search(r"without a gate cost (\d+) to (\d+) points", README)
-    assert [int(number) for number in said.groups()] == [round(min(losses)), round(max(losses))]
+    ids = random_ids(2, 6)
+    texts = [
+        f"w{i % 26} w{i // 26} " + " ".join(f"w{(i * j) % 26}" for j in range(6)) for i in range(60)
+    ]
+    parts = {
+        "model": tiny_model(num_layers=5),
+        "tokenizer": tiny_tokenizer(),
+        "forget_texts": texts[:20],
+        "retain_texts": texts[20:],
+        "batch": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dsg, "load_sae", lambda *_: standard_sae(), raising=False)
+    exec(example, parts)
+    assert (tmp_path / "guards" / "bio").is_dir()
+    assert len(parts["guard"].feature_ids) <= 20
