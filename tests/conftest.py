@@ -13,6 +13,11 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that may have to train the embedded benchmark goes first: nobody waits for it."""
+    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tiny tensors run faster, and repeatably, on one thread."""
