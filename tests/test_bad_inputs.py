@@ -32,6 +32,8 @@ def here(world, tmp_path, monkeypatch):
     (tmp_path / "w").symlink_to(world)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    # Stands in for the embedded benchmark, which would first have to be trained.
+    monkeypatch.setattr("dsg.cli.tiny_world.ensure_tiny_world", lambda _: world)
 
     def hang(*_):
         pytest.fail(f"still running after {SECONDS} s")
