@@ -65,6 +65,20 @@ class EvaluationModule(lightning.LightningModule):
             self.guard = make_guard(self.guard_settings, self.model, self.trainer)
         self.method = self.method or method_of(self.guard)
 
+    def setup(self, stage: str) -> None:
+        """Refuse data without anything to evaluate, which the Trainer would pass over in silence.
+
+        Raises:
+            UserError: There is none.
+        """
+        data = data_of(self.trainer, *EVALUATION_DATA)
+        split = "test" if stage == "test" else data.val_split
+        if not any(data.questions(split)) and not any(data.passages(split)):
+            raise UserError(
+                f"`data` must hold something to evaluate in its {split} split, got nothing; give "
+                "more, or another `task`."
+            )
+
     def on_validation_start(self) -> None:
         """Begin an evaluation on the split that the data module validates on."""
         self._start(data_of(self.trainer, *EVALUATION_DATA).val_split)
@@ -95,11 +109,6 @@ class EvaluationModule(lightning.LightningModule):
 
     def _start(self, split: Split) -> None:
         data = data_of(self.trainer, *EVALUATION_DATA)
-        if not any(data.questions(split)) and not any(data.passages(split)):
-            raise UserError(
-                f"`data` must hold something to evaluate in its {split} split, got nothing; give "
-                "more, or another `task`."
-            )
         self.measurer.baseline = None
         self.measurer.start(data, split, self.guard, self.base_model)
 

@@ -198,6 +198,7 @@ CONFIGURATIONS: dict[str, str] = {
     f"{_BASE} {_DATA}.keep w/deep.json": "`keep` must be the questions.json of a question-filter run, or that run's",
     f"{_BASE} {_DATA}.keep w/object.json": "`keep` must be the questions.json of a question-filter run, got",
     f"{_BASE} {_DATA}.keep w/forget.jsonl": "`keep` must be the questions.json of a question-filter run, or that run's",
+    f"{_BASE} {_DATA}.task select": "`data` must hold something to evaluate in its test split, got nothing; give",
     f"{_BASE} {_DATA}.task filter {_DATA}.protocol cloze": "`protocol` must be 'lm_eval' or 'dsg' for the task 'filter', got 'cloze',",
     f"{_BASE} {_DATA}.model_name w/missing": "`model_name` of the data must be that of the model, 'w/model', whose",
     f"{_BASE} {_DATA}.model_name w/other_model": "`model_name` of the data must be that of the model, 'w/model', whose",
