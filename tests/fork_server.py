@@ -22,11 +22,8 @@ def import_everything() -> None:
     prepare_environment()
     import datamodules  # noqa: F401
     import lightning_modules  # noqa: F401
-    from dsg.cli.demo import (
-        text_demo,
-        text_stages,
-        world_demo,  # noqa: F401
-    )
+    from dsg.cli.demo import text_demo, text_stages, world_demo  # noqa: F401
+    from dsg.cli.grid import run, work  # noqa: F401
     from dsg.cli.demo.text_model import Sizes
 
     small = {"vocab_size": 120, "d_model": 16, "num_layers": 3, "d_ff": 32, "repetitions": 2}

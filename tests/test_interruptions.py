@@ -46,6 +46,8 @@ class Server:
             "WANDB_SILENT": "true",
             "DSG_CACHE": str(folder / "cache"),
         }
+        # That of an earlier test in this process, which may end before the server does.
+        environment.pop("WANDB_SERVICE", None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server", str(folder / "errors.txt")],
             stdin=subprocess.PIPE,
