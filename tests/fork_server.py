@@ -23,8 +23,8 @@ def import_everything() -> None:
     import datamodules  # noqa: F401
     import lightning_modules  # noqa: F401
     from dsg.cli.demo import text_demo, text_stages, world_demo  # noqa: F401
-    from dsg.cli.grid import run, work  # noqa: F401
     from dsg.cli.demo.text_model import Sizes
+    from dsg.cli.grid import run, work  # noqa: F401
 
     small = {"vocab_size": 120, "d_model": 16, "num_layers": 3, "d_ff": 32, "repetitions": 2}
     text_demo.SIZES = Sizes(**small, max_rounds=1, d_sae=64, sae_samples=2_000)
