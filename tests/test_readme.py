@@ -13,7 +13,7 @@ from tests.helpers import random_ids, standard_sae, tiny_model, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 FRONT = ROOT / "README.md"
 PAGES = sorted(
-    [FRONT, ROOT / ".github" / "CONTRIBUTING.md"]
+    [FRONT, *(ROOT / ".github").glob("*.md")]
     + [
         path
         for name in ("configs", "dsg", "datamodules", "lightning_modules")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg.errors import UserError
-from dsg.io.results import write_atomically
+from dsg.io.atomic import write_atomically
 
 FOLDER = "outcomes"
 _SETTINGS = "settings.json"

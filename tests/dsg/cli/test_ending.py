@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Trainer
 
 from dsg.cli.disk_full import disk_full_behind
@@ -23,31 +22,6 @@ from tests.dsg.cli.tiny_runs import TinyData, TinyModule
 ROOT = Path(__file__).parents[3]
 HERE = "tests.dsg.cli.tiny_runs"
 TWO_RANKS = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-
-
-@pytest.fixture
-def write_config(tmp_path, monkeypatch):
-    """Write `tiny.yaml` into the working directory; keywords replace parts of it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-
-    def write(model="TinyModule", name="tiny.yaml", trainer=None, **init_args):
-        config = {
-            "model": {"class_path": f"{HERE}.{model}", "init_args": init_args},
-            "data": {"class_path": f"{HERE}.TinyData"},
-            "trainer": {
-                "accelerator": "cpu",
-                "max_epochs": 1,
-                "enable_progress_bar": False,
-                "logger": False,
-                **(trainer or {}),
-            },
-        }
-        Path(name).write_text(yaml.safe_dump(config))
-        return name
-
-    return write
 
 
 @pytest.fixture(autouse=True)
