@@ -47,6 +47,8 @@ class FinetuningModule(lightning.LightningModule):
         UserError: `lr` or `warmup_fraction` is out of range.
     """
 
+    keeps_rest: bool = False
+
     def __init__(
         self,
         model_name: str,

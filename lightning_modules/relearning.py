@@ -75,6 +75,8 @@ class RelearningModule(lightning.LightningModule):
             not above 0.
     """
 
+    keeps_rest: bool = False
+
     def __init__(
         self,
         model_name: str,

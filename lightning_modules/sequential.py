@@ -15,7 +15,7 @@ from dsg.errors import UserError
 from dsg.evaluation import AnyBatch
 from dsg.guard import GuardBuilder, GuardSettings, GuardStack
 from dsg.lm import Reference, finite_loss, load_plain_model, short_name, trainable_weights
-from dsg.objectives.objective import Objective
+from dsg.objectives import Objective
 from dsg.objectives.terms import check_positive
 from lightning_modules.parts.distributed import exclude_frozen_from_ddp, leave_unwrapped
 from lightning_modules.parts.guards import guard_maker, guard_of
@@ -23,7 +23,6 @@ from lightning_modules.parts.measuring import Labels, Measurer
 from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.progress import Progress, require_whole_epochs
 from lightning_modules.parts.protocols import GUARD_DATA, REQUEST_DATA, UnlearningBatch, data_of
-from lightning_modules.parts.references import check_reference, make_reference
 from lightning_modules.parts.resuming import check_same_run, described, restore_rng, rng_states
 from lightning_modules.parts.saving import keep_trainable, load_guards, save_youngest
 
@@ -52,6 +51,8 @@ class SequentialModule(lightning.LightningModule):
             positive.
     """
 
+    keeps_rest: bool = False
+
     def __init__(
         self,
         model_name: str,
@@ -71,7 +72,7 @@ class SequentialModule(lightning.LightningModule):
             )
         check_positive(lr=lr)
         if objective is not None:
-            check_reference(reference, objective, "full")
+            objective.check_reference(reference, "full")
             if objective.changes_at_end:
                 raise UserError(
                     "`objective` must be a loss to descend on request after request, got "
@@ -88,6 +89,7 @@ class SequentialModule(lightning.LightningModule):
         self.model_label = model_label or short_name(model_name)
         # Guards are appended, not optimized.
         self.automatic_optimization = guard is None
+        self.keeps_rest = guard is not None
         self.strict_loading = False
         self.measurer = Measurer()
         self.progress = Progress()
@@ -119,7 +121,7 @@ class SequentialModule(lightning.LightningModule):
             self.maker = guard_maker(self.guard_settings, self.model, self.trainer)
         if self.objective is not None:
             self.objective.prepare(self.model.requires_grad_(True))
-            self.reference = make_reference(self.reference_kind, self.objective, self.model)
+            self.reference = self.objective.make_reference(self.reference_kind, self.model)
             exclude_frozen_from_ddp(self)
 
     def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""] | None:

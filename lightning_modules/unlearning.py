@@ -19,8 +19,7 @@ from dsg.lm import (
     short_name,
     trainable_weights,
 )
-from dsg.objectives.objective import Objective
-from dsg.objectives.ssd import SSD, Importances
+from dsg.objectives import Objective, OneShot, ReferenceKind
 from dsg.objectives.terms import check_positive
 from lightning_modules.parts.distributed import (
     add_tensors_over_ranks,
@@ -31,7 +30,6 @@ from lightning_modules.parts.measuring import Labels, Measurer
 from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.progress import Progress, require_whole_epochs
 from lightning_modules.parts.protocols import EVALUATION_DATA, UnlearningBatch, data_of
-from lightning_modules.parts.references import ReferenceKind, check_reference, make_reference
 from lightning_modules.parts.resuming import check_same_run, described, restore_rng, rng_states
 from lightning_modules.parts.saving import keep_trainable, save_model_folder
 from lightning_modules.parts.stopwatch import Stopwatch
@@ -50,7 +48,7 @@ class UnlearningModule(lightning.LightningModule):
         reference: What the method compares with, if it needs it: `frozen_copy` of the model, or
             `adapter_off`, a second forward pass through the model under the adapter.
         adapter: `full` trains every weight that the method lets it, `lora` a new adapter.
-        lr: Learning rate of AdamW, constant, > 0; SSD does not descend and reads none.
+        lr: Learning rate of AdamW, constant, > 0; `OneShot`s do not descend and read none.
         lora_rank: Rank of the adapter.
         lora_alpha: Scale of the adapter (`lora_alpha / lora_rank` times its output).
         lora_targets: Names of the linear layers that get an adapter.
@@ -61,6 +59,8 @@ class UnlearningModule(lightning.LightningModule):
     Raises:
         UserError: `lr` is not positive, or objective, reference and adapter do not suit each other.
     """
+
+    keeps_rest: bool = False
 
     def __init__(
         self,
@@ -78,11 +78,11 @@ class UnlearningModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         check_positive(lr=lr)
-        check_reference(reference, objective, adapter)
-        if isinstance(objective, SSD) and adapter != "full":
+        objective.check_reference(reference, adapter)
+        if isinstance(objective, OneShot) and adapter != "full":
             raise UserError(
-                f"`adapter` must be 'full' for SSD, got {adapter!r}: a new adapter holds no weight "
-                "that could be dampened; change it."
+                f"`adapter` must be 'full' for {type(objective).__name__}, got {adapter!r}: a new "
+                "adapter holds no weight that could be dampened; change it."
             )
         self.model_name = model_name
         self.objective = objective
@@ -95,8 +95,10 @@ class UnlearningModule(lightning.LightningModule):
         self.experiment = experiment
         self.seed = seed
         self.model_label = model_label or short_name(model_name)
-        # SSD sums up and then changes the weights once.
-        self.automatic_optimization = not isinstance(objective, SSD)
+        # Every text counts in the sums of a single pass, and no optimizer takes a step.
+        self.one_shot = objective if isinstance(objective, OneShot) else None
+        self.keeps_rest = self.one_shot is not None
+        self.automatic_optimization = self.one_shot is None
         # A checkpoint holds only what training changed.
         self.strict_loading = False
         self.measurer = Measurer()
@@ -104,23 +106,23 @@ class UnlearningModule(lightning.LightningModule):
         self.progress = Progress()
         self.model: nn.Module | None = None
         self.reference: Reference | None = None
-        self._part: Importances | None = None
+        self._added: list[Tensor] | None = None
         self._unfinished: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
-        """Check what will be measured; let SSD run under DDP, without a gradient to exchange.
+        """Check what will be measured; let a single pass run under DDP, which has no gradients.
 
         Raises:
             UserError: The trainer's settings do not fit.
         """
         if stage == "fit":
             require_whole_epochs(self.trainer)
-        if self.automatic_optimization:
+        if self.one_shot is None:
             return
         if stage == "fit" and self.trainer.max_epochs != 1:
             raise UserError(
-                "`max_epochs` must be 1 for SSD, which reads all texts once, got "
-                f"{self.trainer.max_epochs}; set trainer.max_epochs: 1."
+                f"`max_epochs` must be 1 for {type(self.one_shot).__name__}, which reads all texts "
+                f"once, got {self.trainer.max_epochs}; set trainer.max_epochs: 1."
             )
         leave_unwrapped(self.trainer.strategy)
 
@@ -139,16 +141,16 @@ class UnlearningModule(lightning.LightningModule):
             self.lora_targets,
         )
         self.objective.prepare(self.model)
-        self.reference = make_reference(self.reference_kind, self.objective, self.model)
+        self.reference = self.objective.make_reference(self.reference_kind, self.model)
         exclude_frozen_from_ddp(self)
 
     def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""] | None:
-        """The loss of a forget and a retain batch; None for SSD, which only sums up."""
+        """The loss of a forget and a retain batch; None where it is not descended on."""
         del batch_idx
         assert self.model is not None
         forget, retain = batch["forget"], batch["retain"]
-        if isinstance(self.objective, SSD):
-            self._part, loss = self.objective.measure(self.model, forget, retain)
+        if self.one_shot is not None:
+            self._added, loss = self.one_shot.measure(self.model, forget, retain)
         else:
             loss = self.objective(
                 self.model, forget, retain, reference=self.reference, step=self.trainer.global_step
@@ -156,25 +158,22 @@ class UnlearningModule(lightning.LightningModule):
         finite_loss(loss.total, self.global_step)
         parts = {f"train/{name}_loss": value for name, value in loss._asdict().items()}
         self.log_dict(parts, batch_size=len(forget.input_ids))
-        return loss.total if self.automatic_optimization else None
+        return loss.total if self.one_shot is None else None
 
     def on_train_batch_end(
         self, outputs: Any, batch: UnlearningBatch | None, batch_idx: int
     ) -> None:
-        """Add up what SSD measured on all ranks.
+        """Add what all ranks measured to the sums of a single pass.
 
         Not in `training_step`, which Lightning skips on a rank without a batch.
         """
         del outputs, batch, batch_idx
-        if not isinstance(self.objective, SSD):
+        if self.one_shot is None:
             return
-        assert self.model is not None
-        part = self._part or self.objective.empty(self.model)
-        for total, added in zip(self.objective.importances, part, strict=True):
-            add_tensors_over_ranks(
-                total.tensors(), added.tensors(), self.trainer.strategy.root_device
-            )
-        self._part = None
+        sums = self.one_shot.sums()
+        added = self._added or [torch.zeros_like(total) for total in sums]
+        add_tensors_over_ranks(sums, added, self.trainer.strategy.root_device)
+        self._added = None
 
     def on_train_start(self) -> None:
         """Start the clock."""
@@ -227,8 +226,8 @@ class UnlearningModule(lightning.LightningModule):
             self.stopwatch.start()
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """AdamW over the weights that may change; nothing for SSD."""
-        if not self.automatic_optimization:
+        """AdamW over the weights that may change; nothing for a single pass."""
+        if self.one_shot is not None:
             return None
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         return torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)

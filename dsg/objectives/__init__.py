@@ -3,7 +3,7 @@
 from dsg.objectives.ga import GradientAscent
 from dsg.objectives.grad_diff import GradDiff
 from dsg.objectives.npo import NPO
-from dsg.objectives.objective import Objective
+from dsg.objectives.objective import Objective, OneShot, ReferenceKind
 from dsg.objectives.rmu import RMU
 from dsg.objectives.scrub import SCRUB
 from dsg.objectives.simnpo import SimNPO
@@ -20,6 +20,8 @@ __all__ = [
     "GradientAscent",
     "Loss",
     "Objective",
+    "OneShot",
+    "ReferenceKind",
     "SimNPO",
     "TaskVector",
 ]

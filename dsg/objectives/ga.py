@@ -21,6 +21,7 @@ class GradientAscent(Objective):
     """
 
     name: ClassVar[str] = "ga"
+    label: ClassVar[str] = "Gradient ascent"
 
     def __call__(
         self,

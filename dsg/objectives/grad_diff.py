@@ -36,6 +36,7 @@ class GradDiff(Objective):
     """
 
     name: ClassVar[str] = "grad_diff"
+    label: ClassVar[str] = "GradDiff"
 
     def __init__(
         self,

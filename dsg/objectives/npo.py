@@ -43,6 +43,7 @@ class NPO(Objective):
     """
 
     name: ClassVar[str] = "npo"
+    label: ClassVar[str] = "NPO"
     needs_reference = True
 
     def __init__(

@@ -1,28 +1,33 @@
-"""What every unlearning method is: a loss over a forget and a retain batch, named in YAML.
+"""What every unlearning method is: a loss to descend on, or sums over all texts and one change.
 
 A new method is one file with one class. Its constructor takes hyper-parameters only; models,
 references and batches come later.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from dsg.lm import Reference, TokenBatch
+from dsg.errors import UserError, check_choice
+from dsg.lm import AdapterOff, FrozenCopy, Reference, TokenBatch
 from dsg.objectives.terms import Loss
+
+ReferenceKind = Literal["none", "frozen_copy", "adapter_off"]
 
 
 class Objective(ABC):
-    """A way to change a model's weights so that it forgets.
+    """A way to change a model's weights so that it forgets: a loss, unless it is a `OneShot`.
 
     Attributes:
         name: The `method` column of the results.
+        label: The method's name in tables and charts; empty takes `name`.
         needs_reference: Whether the loss compares with the model before unlearning.
         changes_at_end: Whether `finish` does anything.
     """
 
     name: ClassVar[str]
+    label: ClassVar[str] = ""
     needs_reference: bool = False
     changes_at_end: ClassVar[bool] = False
 
@@ -67,3 +72,70 @@ class Objective(ABC):
         Args:
             model: The model that `prepare` was called with.
         """
+
+    def check_reference(self, kind: ReferenceKind, adapter: str) -> None:
+        """Refuses a reference that the method or the weights that train cannot work with.
+
+        Args:
+            kind: The reference that was chosen.
+            adapter: `full` or `lora`.
+
+        Raises:
+            UserError: The method needs a reference and there is none, or the adapter is to be
+                turned off where there is none.
+        """
+        check_choice("reference", kind, ("none", "frozen_copy", "adapter_off"))
+        if kind == "none" and self.needs_reference:
+            wanted = "'frozen_copy'" + (" or 'adapter_off'" if adapter == "lora" else "")
+            raise UserError(
+                f"`reference` must be {wanted} for {type(self).__name__} with these settings, "
+                "which compares with the model before unlearning, got 'none'; choose it."
+            )
+        if kind == "adapter_off" and adapter != "lora":
+            raise UserError(
+                f"`reference` 'adapter_off' needs adapter 'lora', got adapter {adapter!r}; choose "
+                "'frozen_copy'."
+            )
+
+    def make_reference(self, kind: ReferenceKind, model: nn.Module) -> Reference | None:
+        """The chosen reference; None for a method that needs none.
+
+        Args:
+            kind: The reference that was chosen.
+            model: The model before unlearning, with its adapter if it gets one.
+        """
+        if not self.needs_reference:
+            return None
+        return AdapterOff(model) if kind == "adapter_off" else FrozenCopy(model)
+
+
+class OneShot(Objective):
+    """A method without gradient descent: sums over all texts, then one change by `finish`."""
+
+    changes_at_end: ClassVar[bool] = True
+
+    @abstractmethod
+    def sums(self) -> list[Tensor]:
+        """The sums over the batches so far, changed in place by whoever adds to them."""
+
+    @abstractmethod
+    def measure(
+        self, model: nn.Module, forget: TokenBatch, retain: TokenBatch
+    ) -> tuple[list[Tensor], Loss]:
+        """What a forget and a retain batch add to `sums`, and a loss to log."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: TokenBatch,
+        retain: TokenBatch,
+        *,
+        reference: Reference | None = None,
+        step: int | None = None,
+    ) -> Loss:
+        """Add a batch to the sums; the loss is logged, not descended on."""
+        del reference, step
+        added, loss = self.measure(model, forget, retain)
+        for total, part in zip(self.sums(), added, strict=True):
+            total.add_(part.to(total.device))
+        return loss

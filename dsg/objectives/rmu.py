@@ -36,6 +36,7 @@ class RMU(Objective):
     """
 
     name: ClassVar[str] = "rmu"
+    label: ClassVar[str] = "RMU"
 
     def __init__(
         self,

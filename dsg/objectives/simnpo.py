@@ -45,6 +45,7 @@ class SimNPO(Objective):
     """
 
     name: ClassVar[str] = "simnpo"
+    label: ClassVar[str] = "SimNPO"
 
     def __init__(
         self,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dsg.errors import UserError
 from dsg.lm import (
-    Reference,
     TokenBatch,
     evaluating,
     mean_nll,
@@ -22,7 +21,7 @@ from dsg.lm import (
     next_token_logits,
     target_mask,
 )
-from dsg.objectives.objective import Objective
+from dsg.objectives.objective import OneShot
 from dsg.objectives.terms import Loss, check_positive
 
 
@@ -107,7 +106,7 @@ class Dampening(NamedTuple):
     """Weights that were measured."""
 
 
-class SSD(Objective):
+class SSD(OneShot):
     """theta <- theta * min(lambda F_retain / F_forget, 1) wherever F_forget > alpha F_retain.
 
     Calls sum importances up, `finish` changes the weights; there is nothing to descend on.
@@ -125,7 +124,7 @@ class SSD(Objective):
     """
 
     name: ClassVar[str] = "ssd"
-    changes_at_end: ClassVar[bool] = True
+    label: ClassVar[str] = "SSD"
 
     def __init__(self, *, selection_threshold: float = 10.0, dampening: float = 1.0) -> None:
         # NaN compares false.
@@ -143,36 +142,20 @@ class SSD(Objective):
         Raises:
             UserError: No weight requires gradients.
         """
-        self.importances = self.empty(model)
+        self.importances = Importances(DiagonalFisher(model), DiagonalFisher(model))
 
-    def __call__(
-        self,
-        model: nn.Module,
-        forget: TokenBatch,
-        retain: TokenBatch,
-        *,
-        reference: Reference | None = None,
-        step: int | None = None,
-    ) -> Loss:
-        """Add the importances of a batch; the parts are the likelihoods met on the way."""
-        del reference, step
-        part, loss = self.measure(model, forget, retain)
-        for fisher, added in zip(self.importances, part, strict=True):
-            for total, tensor in zip(fisher.tensors(), added.tensors(), strict=True):
-                total.add_(tensor.to(total.device))
-        return loss
-
-    def empty(self, model: nn.Module) -> Importances:
-        """Importances of no sequence."""
-        return Importances(DiagonalFisher(model), DiagonalFisher(model))
+    def sums(self) -> list[Tensor]:
+        """The squared gradients and numbers of sequences of both texts."""
+        return [tensor for fisher in self.importances for tensor in fisher.tensors()]
 
     def measure(
         self, model: nn.Module, forget: TokenBatch, retain: TokenBatch
-    ) -> tuple[Importances, Loss]:
-        """The importances of a batch, for a caller who adds several ranks' up."""
-        part = self.empty(model)
+    ) -> tuple[list[Tensor], Loss]:
+        """The importances of a batch; the parts of the loss are the likelihoods of its texts."""
+        part = Importances(DiagonalFisher(model), DiagonalFisher(model))
         forget_nll, retain_nll = part.forget.update(forget), part.retain.update(retain)
-        return part, Loss(torch.zeros_like(forget_nll), forget_nll, retain_nll)
+        added = [*part.forget.tensors(), *part.retain.tensors()]
+        return added, Loss(torch.zeros_like(forget_nll), forget_nll, retain_nll)
 
     def finish(self, model: nn.Module) -> None:
         """Change the model's weights in place.
@@ -189,7 +172,7 @@ class SSD(Objective):
         """Change the model's weights in place, given the importances by weight name."""
         num_selected = num_weights = 0
         for name, weight in _measured(model).items():
-            for_forget, for_retain = (found[name].to(weight.device) for found in (forget, retain))
+            for_forget, for_retain = (text[name].to(weight.device) for text in (forget, retain))
             # Infinity times 0 is NaN, which selects nothing either.
             selected = for_forget > self.selection_threshold * for_retain
             # Only selected weights are divided, and those have an importance above 0.

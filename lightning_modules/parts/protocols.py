@@ -5,7 +5,8 @@ implements those that its runs need; a missing attribute is reported when the ru
 
 All loaders use batches that were formed globally and are dealt whole to the ranks; they run with
 `Trainer(use_distributed_sampler=False)`. Lightning needs the same number of steps on all ranks: in
-evaluation a rank without a batch in the last round yields None.
+evaluation, and in training where the module's `keeps_rest` is true, a rank without a batch in the
+last round yields None; where it is false, the batches that do not go round are left out.
 """
 
 from collections.abc import Sequence

@@ -119,9 +119,9 @@ class ToyData(lightning.LightningDataModule):
                 {"id": index, "forget": f, "retain": r}
                 for index, (f, r) in enumerate(zip(forget, retain, strict=True))
             ]
-        trains = self.trainer is None or self.trainer.lightning_module.automatic_optimization
+        keeps_rest = self.trainer is not None and self.trainer.lightning_module.keeps_rest
         batches = [[index] for index in range(len(items))]
-        return self._loader(items, batches, lambda batch: batch[0], keep_rest=not trains)
+        return self._loader(items, batches, lambda batch: batch[0], keep_rest=keeps_rest)
 
     def val_dataloader(self) -> list[DataLoader]:
         return self._evaluation("validation")

@@ -17,6 +17,7 @@ from dsg.objectives import (
     GradDiff,
     GradientAscent,
     Objective,
+    OneShot,
     SimNPO,
     TaskVector,
 )
@@ -187,3 +188,5 @@ def test_names_are_the_methods_of_the_results():
     expected = ("ga", "grad_diff", "npo", "simnpo", "rmu", "scrub", "ssd", "task_vector")
     assert tuple(objective.name for objective in named) == expected
     assert all(issubclass(objective, Objective) for objective in named)
+    assert all(objective.label for objective in named)
+    assert [objective for objective in named if issubclass(objective, OneShot)] == [SSD]
