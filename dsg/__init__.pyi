@@ -3,9 +3,9 @@ from .evaluation.benchmarks.harness import GuardedLM as GuardedLM
 from .guard.build import build_guard as build_guard
 from .guard.guard import Guard as Guard
 from .guard.stack import GuardStack as GuardStack
+from .intervals import wilson as wilson
 from .sae.loading import load_sae as load_sae
 from .selection.calibration import calibrate_threshold as calibrate_threshold
-from .selection.calibration import wilson as wilson
 from .selection.rules import Selection as Selection
 from .selection.rules import select_fisher_ratio as select_fisher_ratio
 from .selection.rules import select_frequency as select_frequency

@@ -18,9 +18,9 @@ from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     filter_content,
     write_filter,
 )
+from dsg.intervals import wilson
 from dsg.io import FOLDER, Journal, row, write_results
 from dsg.lm import load_model, short_name, unwrap
-from dsg.selection import wilson
 from lightning_modules.parts.measuring import Labels
 from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.protocols import data_of

@@ -28,8 +28,11 @@ from .items import item_key as item_key
 from .items_file import item_rows as item_rows
 from .items_file import write_items as write_items
 from .metrics import CHANCE as CHANCE
+from .metrics import Outcome as Outcome
+from .metrics import alignment as alignment
 from .metrics import auroc as auroc
 from .metrics import below_chance as below_chance
+from .metrics import unlearning_score as unlearning_score
 from .paired import PairedTest as PairedTest
 from .prediction import Text as Text
 from .prediction import measure_predictions as measure_predictions
@@ -43,4 +46,3 @@ from .summary import Measurement as Measurement
 from .summary import in_id_order as in_id_order
 from .summary import named_twice as named_twice
 from .summary import summarise as summarise
-from .unlearning_score import Outcome as Outcome

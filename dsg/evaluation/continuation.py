@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from dsg.errors import UserError
-from dsg.evaluation.metrics import Estimate, rouge_l
+from dsg.evaluation.metrics import rouge_l
 from dsg.evaluation.scales import mean_over_runs
 from dsg.guard import Guard, GuardStack
+from dsg.intervals import Estimate
 from dsg.lm import (
     FiniteLogits,
     TokenBatch,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsg.evaluation.continuation import generate_greedily
 from dsg.evaluation.items import PromptBatch
-from dsg.evaluation.metrics import rouge_l, rouge_l_recall
+from dsg.evaluation.metrics import repeated_share, rouge_l, rouge_l_recall
 from dsg.evaluation.scoring import AnyGuard, Values
 from dsg.guard import guarded
 from dsg.lm import TokenBatch, padding_id, unwrap
@@ -19,7 +19,6 @@ PROMPT_COLUMNS = (
     *("rouge_l", "rouge_l_recall", "num_tokens", "repetition", "nll", "triggered", "density"),
 )
 UNUSED = -1  # fills up `generated`; no tokenizer has such an id
-_NGRAM = 4
 
 
 @torch.no_grad()
@@ -89,12 +88,6 @@ def said_text(tokenizer: Any, stop: Sequence[str], ids: Sequence[int]) -> str:
     )
     ends = [text.find(mark) for mark in stop if mark in text]
     return text[: min(ends, default=len(text))]
-
-
-def repeated_share(ids: Sequence[int]) -> float:
-    """Share of a text's runs of four tokens that stood in it before, in [0, 1)."""
-    runs = [tuple(ids[start : start + _NGRAM]) for start in range(len(ids) - _NGRAM + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def _mean_losses(

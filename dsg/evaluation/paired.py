@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from dsg.errors import UserError
-from dsg.selection import wilson
+from dsg.intervals import wilson_ends
 
 NUM_RESAMPLES = 10_000
 EXACT_UP_TO = 12  # items: all 2 ** 12 signs are fewer than the random ones
@@ -74,14 +74,18 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     won, lost = int((b > a).sum()), int((a > b).sum())
     p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
     n = len(a)
-    one, other = wilson(int(a.sum()), n), wilson(int(b.sum()), n)
-    difference = (won - lost) / n
+    before, after, difference = int(a.sum()) / n, int(b.sum()) / n, (won - lost) / n
+    (before_low, before_high), (after_low, after_high) = (
+        wilson_ends(int(outcomes.sum()), n) for outcomes in (a, b)
+    )
     phi = _correlation(int((a * b).sum()), lost, won, n)
-    down, up = other.value - other.low, other.high - other.value
-    one_down, one_up = one.value - one.low, one.high - one.value
-    low = difference - math.sqrt(max(0.0, down**2 - 2 * phi * down * one_up + one_up**2))
-    high = difference + math.sqrt(max(0.0, up**2 - 2 * phi * up * one_down + one_down**2))
-    return PairedTest(one.value, other.value, difference, low, high, p, n, "mcnemar")
+
+    def distance(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
+
+    low = difference - distance(after - after_low, before_high - before)
+    high = difference + distance(after_high - after, before - before_low)
+    return PairedTest(before, after, difference, low, high, p, n, "mcnemar")
 
 
 def sign_flip(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedTest:

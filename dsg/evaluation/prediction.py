@@ -12,8 +12,8 @@ from dsg.evaluation.items import PromptBatch
 from dsg.evaluation.scoring import Values, halving
 from dsg.evaluation.summary import Measurement
 from dsg.guard import Forward, Guard
+from dsg.intervals import wilson
 from dsg.lm import count_mask, unwrap
-from dsg.selection import wilson
 
 PROTOCOL = "prediction"
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsg.evaluation.metrics import Estimate, mean_interval
+from dsg.intervals import Estimate, mean_interval, safe_exp
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,11 @@ def mean_over_runs(metric: str, values: Sequence[float]) -> Estimate:
     """
     scale = scale_of(metric)
     if scale.is_ratio and all(0 < value < math.inf for value in values):
-        found = mean_interval([math.log(value) for value in values])
-        ends = [None if end is None else _exp(end) for end in (found.low, found.high)]
-        value = _exp(found.value)
+        mean = mean_interval([math.log(value) for value in values])
+        ends = [None if end is None else safe_exp(end) for end in (mean.low, mean.high)]
+        value = safe_exp(mean.value)
     else:
-        found = mean_interval(values)
-        ends, value = [found.low, found.high], found.value
+        mean = mean_interval(values)
+        ends, value = [mean.low, mean.high], mean.value
     low, high = (None if end is None else min(max(end, scale.low), scale.high) for end in ends)
-    return Estimate(value, found.n, low, high)
-
-
-def _exp(logarithm: float) -> float:
-    return math.exp(logarithm) if logarithm < 709 else math.inf
+    return Estimate(value, mean.n, low, high)

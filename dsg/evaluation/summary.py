@@ -6,15 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from dsg.evaluation import metrics
-from dsg.evaluation.alignment import facts_of, measured_alignment
-from dsg.evaluation.fluency import gibberish_rate
 from dsg.evaluation.items import Item, Passage, Prompt, Question
-from dsg.evaluation.separation import total_variation, tpr_at_fpr
-from dsg.selection import wilson
+from dsg.intervals import bootstrap, bootstrap_mean, wilson
 
 TIE_MARGIN = 1e-5  # float32 logits of one text differ by as much between paddings
 
@@ -22,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 _SEPARATION = {
     "density_auroc": metrics.auroc,
-    "density_tpr_at_5_fpr": tpr_at_fpr,
-    "density_total_variation": total_variation,
+    "density_tpr_at_5_fpr": metrics.tpr_at_fpr,
+    "density_total_variation": metrics.total_variation,
 }
 
 AnyItem = TypeVar("AnyItem", bound=Item)
@@ -93,7 +91,7 @@ def summarise(
         if ordered[rows[0]].form is None:
             found += _benchmark(domain, ordered, rows, question_values)
     if questions:
-        counts = {domain: _num_facts(ordered, rows) for domain, rows in domains.items()}
+        counts = {domain: len(_facts(ordered, rows)) for domain, rows in domains.items()}
         found += _gate(domains, question_values, questions[0].protocol, counts)
     passage_domains = _members(passages, forget_domains)
     for domain, rows in passage_domains.items():
@@ -108,7 +106,8 @@ def summarise(
         for domain, rows in prompt_domains.items():
             found += _continuations(domain, rows, prompt_values)
             if own_nll is not None and not all(math.isnan(loss) for loss in own_nll[rows]):
-                rate = gibberish_rate(prompt_values["nll"][rows].tolist(), own_nll[rows].tolist())
+                own, losses = own_nll[rows].tolist(), prompt_values["nll"][rows].tolist()
+                rate = metrics.gibberish_rate(losses, own)
                 found.append(Measurement(domain, "gibberish_rate", "generation", **vars(rate)))
         found += _gate(prompt_domains, prompt_values, "generation")
     if baseline is not None and {"forget", "retain"} <= domains.keys():
@@ -144,15 +143,38 @@ def _alignment(
     values: Mapping[str, Tensor],
     baseline: Mapping[str, Tensor],
 ) -> Measurement:
-    estimate = measured_alignment(
-        questions,
-        domains["retain"],
-        domains["forget"],
-        values["correct"],
-        baseline["correct"],
-        _chance(questions),
-    )
-    return Measurement("forget", "alignment", questions[0].protocol, **vars(estimate))
+    """The score with the bootstrap's interval over whole facts, each with both models' answers."""
+    chance = _chance(questions)
+
+    def score(retain: np.ndarray, forget: np.ndarray) -> float:
+        retain_sums, forget_sums = retain.sum(axis=0), forget.sum(axis=0)
+        retained, base_retained = (retain_sums[:2] / retain_sums[2]).tolist()
+        forgotten, base_forgotten = (forget_sums[:2] / forget_sums[2]).tolist()
+        return metrics.alignment(retained, forgotten, base_retained, base_forgotten, chance)
+
+    # Per fact: answered rightly, rightly by the base model, questions.
+    right, base_right = values["correct"], baseline["correct"]
+    groups = [
+        np.array(
+            [
+                [right[rows].sum().item(), base_right[rows].sum().item(), len(rows)]
+                for rows in _facts(questions, domains[domain])
+            ]
+        )  # [facts, 3]
+        for domain in ("retain", "forget")
+    ]
+    size, ends = sum(map(len, groups)), bootstrap(score, *groups)
+    protocol = questions[0].protocol
+    return Measurement("forget", "alignment", protocol, score(*groups), size, *ends)
+
+
+def _facts(questions: Sequence[Question], rows: Sequence[int]) -> list[list[int]]:
+    """The rows about each fact; questions of no known fact stand for themselves."""
+    facts: dict[tuple[bool, int], list[int]] = {}
+    for row in rows:
+        fact = questions[row].fact
+        facts.setdefault((fact is None, row if fact is None else fact), []).append(row)
+    return list(facts.values())
 
 
 def _chance(questions: Sequence[Question]) -> float:
@@ -193,11 +215,10 @@ def _accuracies(
             domain,
             TIE_MARGIN,
         )
+    right = values["correct"]
     return [
-        _proportion(
-            domain, "accuracy", protocol, values["correct"][members], _num_facts(questions, members)
-        )
-        for protocol, members in by_protocol.items()
+        _proportion(domain, "accuracy", name, right[members], len(_facts(questions, members)))
+        for name, members in by_protocol.items()
     ]
 
 
@@ -206,10 +227,10 @@ def _benchmark(
 ) -> list[Measurement]:
     """What is told of a question set of the field beside its accuracy."""
     protocol = questions[rows[0]].protocol
-    probability = metrics.bootstrap_mean(values["correct_probability"][rows].tolist())
+    probability = bootstrap_mean(values["correct_probability"][rows].tolist())
     found = [Measurement(domain, "correct_probability", protocol, **vars(probability))]
     members = [questions[row] for row in rows]
-    n = _num_facts(questions, rows)
+    n = len(_facts(questions, rows))
     flag = metrics.below_chance(_mean(values["correct"][rows]) * n, n, _chance(members))
     found.append(Measurement(domain, "below_chance", protocol, float(flag), n))
     if protocol == "cloze":
@@ -232,7 +253,7 @@ def _continuations(domain: str, rows: list[int], values: Mapping[str, Tensor]) -
     for metric in ("rouge_l", "rouge_l_recall", "repetition", "nll"):
         known = [value for value in values[metric][rows].tolist() if not math.isnan(value)]
         if known:
-            estimate = metrics.bootstrap_mean(known)
+            estimate = bootstrap_mean(known)
             found.append(Measurement(domain, metric, "generation", **vars(estimate)))
     return found
 
@@ -266,10 +287,6 @@ def _proportion(domain: str, metric: str, protocol: str, outcomes: Tensor, n: in
     share = _mean(outcomes)
     estimate = wilson(share * n, n)
     return Measurement(domain, metric, protocol, share, n, estimate.low, estimate.high)
-
-
-def _num_facts(questions: Sequence[Question], rows: Sequence[int]) -> int:
-    return len(facts_of(questions, rows))
 
 
 def _mean(outcomes: Tensor) -> float:

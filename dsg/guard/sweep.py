@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dsg.errors import UserError
 from dsg.guard.gate import DensityGate, Gate
-from dsg.selection import Proportion, calibrate_threshold, false_positive_rate
+from dsg.intervals import Estimate
+from dsg.selection import calibrate_threshold, false_positive_rate
 
 # Bounds the padded copy that gates other than the density need.
 _TEXTS_AT_ONCE = 256
@@ -143,8 +144,8 @@ class SweepPoint:
 
     num_features: int
     threshold: float
-    false_positive_rate: Proportion
-    forget_trigger_rate: Proportion
+    false_positive_rate: Estimate
+    forget_trigger_rate: Estimate
 
 
 def sweep(

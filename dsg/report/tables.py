@@ -8,8 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from dsg.evaluation import CHANCE
-from dsg.evaluation.metrics import alignment
+from dsg.evaluation import CHANCE, alignment
 from dsg.io import read_results
 from dsg.report import markup
 from dsg.report.known import is_above_chance

@@ -1,7 +1,5 @@
-from .calibration import Proportion as Proportion
 from .calibration import calibrate_threshold as calibrate_threshold
 from .calibration import false_positive_rate as false_positive_rate
-from .calibration import wilson as wilson
 from .rules import Selection as Selection
 from .rules import select_fisher_ratio as select_fisher_ratio
 from .rules import select_frequency as select_frequency

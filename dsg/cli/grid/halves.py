@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsg.evaluation import Outcome
-from dsg.evaluation.unlearning_score import unlearning_score
+from dsg.evaluation import Outcome, unlearning_score
 from dsg.io import row
 
 METRIC = "unlearning_score"
@@ -42,23 +41,24 @@ def _score(seed: Any, rows: Sequence[Row]) -> dict[str, Any] | None:
     if not settings:
         return None
     first = settings[0]
-    score = unlearning_score(
+    scored = unlearning_score(
         [choosing["on"][name] for name in settings],
         [reported["on"][name] for name in settings],
         choosing["off"][first],
         reported["off"][first],
     )
-    if score is None:
+    if scored is None:
         return None
+    setting, score = scored
     like = next(found for found in rows if found["guard"] == "on" and found["domain"] == "forget")
     return row(
         **{
             **like,
-            "experiment": settings[score.setting],
+            "experiment": settings[setting],
             "split": "test",
             "seed": seed,
             "metric": METRIC,
-            **vars(score.score),
+            **vars(score),
         }
     )
 

@@ -10,8 +10,7 @@ from rich.progress import track
 
 from dsg.cli.grid.choosing import Choice, Try, best
 from dsg.cli.grid.overrides import combinations
-from dsg.evaluation import Question, QuestionBatch, score_all
-from dsg.evaluation.metrics import alignment
+from dsg.evaluation import Question, QuestionBatch, alignment, score_all
 from dsg.guard import Guard, GuardBuilder, GuardSettings
 from dsg.selection import FeatureStatistics
 

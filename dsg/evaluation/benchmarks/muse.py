@@ -8,14 +8,13 @@ of the forget set is still recognised, above it is conspicuously absent.
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from dsg.errors import UserError
-from dsg.evaluation.metrics import bootstrap_mean
+from dsg.evaluation.metrics import area_under_roc, checked_scores
 from dsg.evaluation.summary import Measurement
-from dsg.intervals import bootstrap
+from dsg.intervals import bootstrap, bootstrap_mean
 from dsg.io import RESULTS_FILE, read_results
 
 VERBMEM, KNOWMEM_FORGET, KNOWMEM_RETAIN = "verbmem_forget", "knowmem_forget", "knowmem_retain"
@@ -58,16 +57,8 @@ def min_k_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
     Raises:
         UserError: A group is empty or holds a NaN.
     """
-    members, others = np.sort(np.asarray(forget, np.float64)), np.asarray(holdout, np.float64)
-    for name, group in (("forget", members), ("holdout", others)):
-        if group.size == 0 or np.isnan(group).any():
-            raise UserError(
-                f"`{name}` must hold the score of at least one text and no NaN, got {group.size} "
-                f"scores ({int(np.isnan(group).sum())} NaN); check the privleak texts."
-            )
-    below = np.searchsorted(members, others, side="left").sum()
-    not_above = np.searchsorted(members, others, side="right").sum()
-    return float(below + not_above) / (2 * members.size * others.size)
+    members, others = checked_scores("forget", forget), checked_scores("holdout", holdout)
+    return area_under_roc(others, members)
 
 
 def privleak(auc: float, retrained_auc: float) -> float:

@@ -13,9 +13,8 @@ from numpy import ndarray
 
 from dsg.errors import UserError
 from dsg.evaluation.items_file import read_items
-from dsg.evaluation.metrics import bootstrap_mean
 from dsg.evaluation.summary import Measurement
-from dsg.intervals import bootstrap
+from dsg.intervals import bootstrap, bootstrap_mean
 from dsg.io import ITEMS_FILE
 
 PROTOCOL = "tofu"

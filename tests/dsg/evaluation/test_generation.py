@@ -5,8 +5,9 @@ import torch
 
 from dsg.evaluation.collate import prompt_collate
 from dsg.evaluation.gather import score_all
-from dsg.evaluation.generation import UNUSED, repeated_share, said_text, score_prompts
+from dsg.evaluation.generation import UNUSED, said_text, score_prompts
 from dsg.evaluation.items import Prompt
+from dsg.evaluation.metrics import repeated_share
 from dsg.evaluation.summary import summarise
 from tests.dsg.evaluation.scoring_helpers import tiny_guard
 from tests.dsg.evaluation.test_continuation import reference

@@ -59,4 +59,4 @@ def test_nobody_takes_means_over_runs_without_the_scale():
         for path in SOURCES.rglob("*.py")
         if re.search(r"\bmean_interval\(", path.read_text(encoding="utf-8"))
     }
-    assert users == {"metrics.py", "scales.py"}
+    assert users == {"intervals.py", "scales.py"}

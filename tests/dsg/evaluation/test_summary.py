@@ -11,7 +11,7 @@ from dsg.evaluation.collate import passage_collate, question_collate
 from dsg.evaluation.gather import PerSample, score_all
 from dsg.evaluation.items import Passage, Question
 from dsg.evaluation.summary import named_twice, summarise
-from dsg.selection.calibration import wilson
+from dsg.intervals import wilson
 from tests.dsg.evaluation.scoring_helpers import QUESTIONS, make_passages, tiny_guard
 
 

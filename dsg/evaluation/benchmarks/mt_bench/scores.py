@@ -8,12 +8,10 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from dsg.evaluation.benchmarks.mt_bench.conversations import NUM_TURNS, Conversation
-from dsg.evaluation.fluency import gibberish_rate
-from dsg.evaluation.metrics import bootstrap_mean
+from dsg.evaluation.metrics import gibberish_rate
 from dsg.evaluation.scoring import Values
 from dsg.evaluation.summary import Measurement
-from dsg.intervals import bootstrap
-from dsg.selection import wilson
+from dsg.intervals import bootstrap, bootstrap_mean, wilson
 
 DOMAIN = "mt_bench"
 KIND = "conversations"

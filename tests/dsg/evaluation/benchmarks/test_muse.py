@@ -76,7 +76,7 @@ def test_auc_equals_counting_all_pairs():
 
 @pytest.mark.parametrize(("forget", "name"), [([], "forget"), ([float("nan")], "forget")])
 def test_auc_of_nothing_is_refused(forget, name):
-    with pytest.raises(UserError, match=f"`{name}` must hold the score of at least one text"):
+    with pytest.raises(UserError, match=f"`{name}` must hold at least one score and no NaN"):
         min_k_auc(forget, [1.0])
 
 

@@ -10,7 +10,7 @@ from dsg.evaluation.benchmarks.mt_bench.conversations import (
     hold,
     read_conversations,
 )
-from dsg.evaluation.generation import repeated_share
+from dsg.evaluation.metrics import repeated_share
 from dsg.lm.chat import chat_text
 from tests.conversations import chat_tokenizer
 from tests.dsg.evaluation.scoring_helpers import tiny_guard
