@@ -33,7 +33,8 @@ TOP_LEVEL = {
 # Rooms in the order of the data. A room imports only what stands on an earlier line; rooms of the
 # same line do not import each other.
 FLOORS = [
-    {"errors", "intervals"},
+    {"errors"},
+    {"intervals"},
     {"io"},
     {"lm"},
     {"sae"},
