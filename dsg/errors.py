@@ -1,7 +1,8 @@
 """The one exception type that the command line turns into a single sentence, and common checks."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 MAX_SEED = 2**32 - 1  # NumPy's largest
@@ -65,3 +66,15 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise UserError(f"`{name}` must be one of {list(choices)}, got {value!r}; choose one.")
+
+
+def check_number(
+    name: str, value: Any, fits: Callable[[Any], bool], wanted: str, remedy: str
+) -> None:
+    """Refuses what is no number, as in an edited file, and a number out of range.
+
+    Raises:
+        UserError: If it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
+        raise UserError(f"`{name}` must be {wanted}, got {value!r}; {remedy}.")

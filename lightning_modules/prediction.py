@@ -36,7 +36,6 @@ from lightning_modules.parts.protocols import data_of
 
 PREDICTION_DATA = ("name", "tokenizer", "texts")
 PREDICTIONS = "predictions"
-_DECIDING = ("hook_point", "feature_ids", "gate", "threshold", "edit", "clamp_value", "clamp_scope")
 
 
 class PredictionData(Protocol):
@@ -126,7 +125,7 @@ class PredictionModule(lightning.LightningModule):
         texts = [f"{text.key}\x1f{text.num_tokens}\x1f{text.text}" for text in data.texts]
         settings = {
             "model": describe(self.model, None)["model"],
-            "guard": {name: getattr(self.guard, name) for name in _DECIDING},
+            "guard": [str(self.guard), self.guard.feature_ids],
             "texts": texts_digest(texts),
             "new tokens": self.num_new_tokens,
         }

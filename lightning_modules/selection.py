@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dsg.errors import UserError
 from dsg.guard import (
     FirstFiring,
-    Guard,
+    Gate,
     GuardSettings,
     SweepPoint,
     calibrate_guard,
@@ -153,8 +153,8 @@ class SelectionModule(lightning.LightningModule):
             self.calibration.mean_residual_norm(),
         )
 
-        def measure(guard: Guard, part: str) -> Float[Tensor, " n"]:
-            return found[part].statistics(guard.rule)
+        def measure(gate: Gate, part: str) -> Float[Tensor, " n"]:
+            return found[part].statistics(gate)
 
         guard = calibrate_guard(draft, self.guard_settings, measure)
         texts = guard_texts(
@@ -170,7 +170,7 @@ class SelectionModule(lightning.LightningModule):
             found["retain_heldout"],
             found["forget_heldout"],
             self.guard_settings.threshold_percentile,
-            guard.rule,
+            guard.gate,
         )
         rows = self._rows(points[-1], len(found["retain_calibration"].densities()))
         logged = {

@@ -6,6 +6,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from dsg.guard.edit import Clamp, Refusal
+from dsg.guard.gate import CusumGate, DensityGate, OpenGate, WindowGate
 from dsg.guard.guard import Guard
 from dsg.sae.loading import slice_features
 from tests.helpers import HOOK_POINT
@@ -13,18 +15,20 @@ from tests.helpers import HOOK_POINT
 LAYER = 1
 UNCOUNTED = [0, 1, 2]
 FEATURES = [3, 0, 7]
+GATE, EDIT = DensityGate(0.3), Clamp(-20.0)
 
 
-def make_guard(sae, feature_ids=FEATURES, **changes) -> Guard:
-    settings = {
-        "hook_point": HOOK_POINT,
-        "uncounted_ids": UNCOUNTED,
-        "pad_id": 0,
-        "threshold": 0.3,
-        "clamp_value": -20.0,
-        **changes,
-    }
-    return Guard(slice_features(sae, feature_ids), **settings)
+def make_guard(sae, feature_ids=FEATURES, gate=GATE, edit=EDIT, **changes) -> Guard:
+    """A guard by its parts; `changes` are those of `Guard.replace`."""
+    guard = Guard(
+        slice_features(sae, feature_ids),
+        hook_point=HOOK_POINT,
+        uncounted_ids=UNCOUNTED,
+        pad_id=0,
+        gate=gate,
+        edit=edit,
+    )
+    return guard.replace(**changes)
 
 
 @dataclass
@@ -63,12 +67,12 @@ def reference(model, sae, guard, ids, prompt_length=None, running=True) -> Refer
 
     def statistic(end):
         flags = [active[t] for t in range(end) if counted[t]]
-        if guard.gate == "window":
-            size = guard.window_size
+        if isinstance(guard.gate, WindowGate):
+            size = guard.gate.size
             runs = [flags[i : i + size] for i in range(len(flags) - size + 1)] or [flags]
             return max((sum(run) / len(run) for run in runs if run), default=0.0)
-        if guard.gate == "cusum":
-            leak = Fraction(round(guard.leak * 65536), 65536)
+        if isinstance(guard.gate, CusumGate):
+            leak = Fraction(round(guard.gate.leak * 65536), 65536)
             level = peak = Fraction(0)
             for flag in flags:
                 level = max(Fraction(0), level + flag - leak)
@@ -77,28 +81,33 @@ def reference(model, sae, guard, ids, prompt_length=None, running=True) -> Refer
         return density(end)
 
     def is_open(end):
-        return any(counted[:end]) if guard.gate == "token" else statistic(end) > guard.threshold
+        is_open_anyway = isinstance(guard.gate, OpenGate)
+        return any(counted[:end]) if is_open_anyway else statistic(end) > guard.threshold
 
     triggered = [is_open(prompt_length)] * prompt_length
     for t in range(prompt_length, len(ids)):
         before = triggered[-1] if triggered else False
         triggered.append(before or (running and is_open(t + 1)))
 
-    values = [guard.clamp_value] * len(ids)
-    if guard.clamp_unit == "residual_norm":
+    edit = guard.edit
+    values = [edit.value] * len(ids)
+    if edit.unit == "residual_norm":
         # The SAE multiplies what it decodes by the size of the token's activations.
         sizes = {
             "layer_norm": h.std(-1),
             "constant_norm_rescale": h.norm(dim=-1) / h.shape[-1] ** 0.5,
         }
         size = sizes.get(sae.cfg.normalize_activations, torch.ones(len(ids)))
-        values = [guard.clamp_value * guard.residual_norm / float(one) for one in size]
+        values = [edit.value * edit.residual_norm / float(token) for token in size]
     z_new = z.clone()
     for t in range(len(ids)):
-        above = [j for j in selected if z[t, j] > guard.trigger_limit]
+        above = [j for j in selected if z[t, j] > edit.trigger_limit]
         if triggered[t] and counted[t] and above:
-            everything = selected if guard.clamp_scope == "all" else above
-            for j in [guard.refusal_id] if guard.edit == "refusal" else everything:
+            if isinstance(edit, Refusal):
+                written = [guard.refusal_id]
+            else:
+                written = selected if edit.scope == "all" else above
+            for j in written:
                 z_new[t, j] = values[t]
     edited = h + decode(z_new) - decode(z)
 

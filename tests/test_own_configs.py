@@ -61,7 +61,9 @@ def test_skeletons_run_one_after_the_other(here, monkeypatch, capsys):
     assert [line["id"] for line in lines] == [
         f"{pool} {place}" for pool in ("forget", "retain") for place in range(5)
     ]
-    threshold = json.loads((selected / "guard" / "guard.json").read_text())["settings"]["threshold"]
+    threshold = json.loads((selected / "guard" / "guard.json").read_text())["settings"]["gate"][
+        "threshold"
+    ]
     assert {line["threshold"] for line in lines} == {threshold}
 
     short = ("--trainer.max_epochs=1", "--data.init_args.train_length=32")

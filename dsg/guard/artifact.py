@@ -3,38 +3,37 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dsg.errors import UserError
+from dsg.errors import UserError, check_choice
+from dsg.guard.edit import Clamp, Edit, Refusal
+from dsg.guard.gate import CusumGate, DensityGate, Gate, OpenGate, WindowGate
 from dsg.io import read_bytes, reason, whole_file
 
 TENSORS_FILE = "guard.safetensors"
 SETTINGS_FILE = "guard.json"
 _FORMAT = "dynamic-sae-guardrails"
-_VERSION = 2
+_VERSION = 3
 _SETTINGS = {
     "hook_point",
     "uncounted_ids",
     "pad_id",
-    "threshold",
-    "clamp_value",
-    "clamp_scope",
-    "clamp_unit",
-    "residual_norm",
     "gate",
-    "window_size",
-    "leak",
     "edit",
-    "trigger_limit",
     "encoder",
     "model",
     "facts",
 }
+_GATES = {gate.kind: gate for gate in (DensityGate, WindowGate, CusumGate, OpenGate)}
+_EDITS = {edit.kind: edit for edit in (Clamp, Refusal)}
+_Part = TypeVar("_Part", Gate, Edit)
 
 
 def write_artifact(
@@ -45,12 +44,13 @@ def write_artifact(
     Args:
         directory: Created if missing. What it holds stays as it is unless everything is written.
         tensors: State of the guard's features.
-        settings: Everything else, representable in JSON.
+        settings: Everything else: a gate, an edit, and what is representable in JSON.
 
     Raises:
-        UserError: If the settings are not representable in JSON, or the folder cannot be written.
+        UserError: If the facts are not representable in JSON, or the folder cannot be written.
     """
     folder = Path(directory)
+    settings = {**settings, "gate": _dict(settings["gate"]), "edit": _dict(settings["edit"])}
     blob = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     try:
         # Once through JSON, so that the digest is that of what a reader will see.
@@ -89,7 +89,8 @@ def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, A
     The hashes find damage and careless edits; they are no signature.
 
     Returns:
-        Tensors on the CPU and settings. Values are not checked here but by `Guard`.
+        Tensors on the CPU and settings, with the gate and the edit as objects. What else is in
+        them is not checked here but by `Guard`.
 
     Raises:
         UserError: If a file is missing, unreadable, altered, or not of this format and version.
@@ -104,14 +105,21 @@ def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, A
             f"({str(error).split(';')[0]}); pass the folder given to `save`."
         ) from error
     header = _parse(folder / SETTINGS_FILE, text)
-    if header.get("format_version") != _VERSION:
+    version = header.get("format_version")
+    if version not in (2, _VERSION):
         raise UserError(
-            f"{folder / SETTINGS_FILE} must have format_version {_VERSION}, got "
-            f"{header.get('format_version')!r}; load it with the release that wrote it."
+            f"{folder / SETTINGS_FILE} must have format_version 2 or {_VERSION}, got {version!r}; "
+            "load it with the release that wrote it."
         )
     stated, settings = header.pop("sha256", None), header.get("settings")
-    if not isinstance(settings, dict) or set(settings) != _SETTINGS or stated != _digest(header):
+    if not isinstance(settings, dict) or stated != _digest(header):
         raise _damaged(folder / SETTINGS_FILE)
+    if version == 2:
+        settings = _from_version_2(settings)
+    if set(settings) != _SETTINGS:
+        raise _damaged(folder / SETTINGS_FILE)
+    settings["gate"] = _part("gate", _GATES, settings["gate"])
+    settings["edit"] = _part("edit", _EDITS, settings["edit"])
     if header.get("tensors_sha256") != hashlib.sha256(blob).hexdigest():
         raise _damaged(folder / TENSORS_FILE)
     try:
@@ -119,6 +127,43 @@ def read_artifact(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, A
     except SafetensorError as error:
         raise _damaged(folder / TENSORS_FILE) from error
     return tensors, settings
+
+
+def _dict(part: Gate | Edit) -> dict[str, Any]:
+    values = {field.name: vars(part)[field.name] for field in fields(part) if field.init}
+    return {"kind": part.kind, **values}
+
+
+def _part(name: str, kinds: Mapping[str, type[_Part]], stored: Any) -> _Part:
+    """A gate or an edit from what `_dict` made of it."""
+    values = dict(stored) if isinstance(stored, dict) else {"kind": stored}
+    kind = values.pop("kind", None)
+    check_choice(name, kind, tuple(kinds))
+    try:
+        return kinds[kind](**values)
+    except TypeError as error:
+        raise UserError(
+            f"`{name}` must have the fields of its kind {kind!r}, got {sorted(values)} ({error}); "
+            "save the guard again."
+        ) from error
+
+
+def _from_version_2(flat: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they were when gate and edit were names beside their numbers."""
+    kept = {name: flat[name] for name in _SETTINGS & set(flat)}
+    gate: dict[str, Any] = {"kind": flat.get("gate"), "threshold": flat.get("threshold")}
+    if gate["kind"] == "token":
+        del gate["threshold"]
+    if gate["kind"] == "window":
+        gate["size"] = flat.get("window_size")
+    if gate["kind"] == "cusum":
+        gate["leak"] = flat.get("leak")
+    edit = {"kind": flat.get("edit"), "value": flat.get("clamp_value")}
+    edit |= {"unit": flat.get("clamp_unit"), "residual_norm": flat.get("residual_norm")}
+    edit |= {"trigger_limit": flat.get("trigger_limit")}
+    if edit["kind"] == "clamp":
+        edit["scope"] = flat.get("clamp_scope")
+    return {**kept, "gate": gate, "edit": edit}
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

@@ -1,26 +1,57 @@
-"""From texts to a calibrated guard, in plain Python."""
+"""From texts to a calibrated guard: at once in plain Python, or step by step."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsg.errors import UserError
 from dsg.guard.edit import ClampScope, ClampUnit
+from dsg.guard.gate import Gate, OpenGate
 from dsg.guard.guard import Guard
-from dsg.guard.making import GuardBuilder
-from dsg.guard.recipes import GuardSettings
-from dsg.lm import unwrap
-from dsg.selection import FORGET_FRACTIONS, RETAIN_FRACTIONS, Importance, check_texts, split_by_hash
+from dsg.guard.recipes import GuardSettings, choose_features, refusal_feature
+from dsg.io import with_bar
+from dsg.lm import (
+    ModelIdentity,
+    TokenBatch,
+    check_sae_place,
+    check_width,
+    resolve_hook_point,
+    uncounted_token_ids,
+    unwrap,
+)
+from dsg.sae import check_supported, describe_sae, slice_features
+from dsg.selection import (
+    FORGET_FRACTIONS,
+    RETAIN_FRACTIONS,
+    FeatureStatistics,
+    Importance,
+    Selection,
+    calibrate_threshold,
+    check_texts,
+    collect_statistics,
+    corpus_batches,
+    describe_texts,
+    false_positive_rate,
+    split_by_hash,
+)
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 # At the 95th percentile 5 texts lie above the threshold.
 _ENOUGH_TEXTS = 100
+_LIBRARIES = ("dynamic-sae-guardrails", "torch", "transformers", "sae-lens")
 logger = logging.getLogger(__name__)
+
+# A gate's statistic of each text of a part, such as `retain_heldout`.
+Measure = Callable[[Gate, str], Float[Tensor, " texts"]]
 
 
 def build_guard(
@@ -92,7 +123,7 @@ def build_guard(
         max_length=max_length,
         batch_size=batch_size,
     )
-    maker = GuardBuilder(
+    builder = GuardBuilder(
         settings,
         unwrap(model),
         tokenizer,
@@ -103,7 +134,7 @@ def build_guard(
         show_progress=show_progress,
     )
     forget = {name: splits[name] for name in ("forget_selection", "forget_heldout")}
-    guard = maker.make(maker.statistics(splits["forget_selection"]), forget)
+    guard = builder.make(builder.statistics(splits["forget_selection"]), forget)
     num_texts = len(splits["retain_calibration"])
     if num_texts < _ENOUGH_TEXTS:
         logger.warning(
@@ -144,3 +175,186 @@ def _split(
             )
     check_texts(splits)
     return splits
+
+
+def draft_guard(
+    settings: GuardSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: "SAE[Any]",
+    selection: Selection,
+    retain: FeatureStatistics,
+    residual_norm: float,
+) -> Guard:
+    """A guard with the selected features that is yet to be calibrated, on the CPU.
+
+    Args:
+        settings: Which guard to make.
+        model: The unguarded causal LM.
+        tokenizer: Its tokenizer.
+        sae: The SAE that `settings` name.
+        selection: The features.
+        retain: Statistics of retain text.
+        residual_norm: Mean norm of the residual stream on calibration text.
+    """
+    edit, ids = settings.make_edit(residual_norm), list(selection.feature_ids)
+    if edit.num_further:
+        ids.append(refusal_feature(settings, retain, ids))
+    pad_id = tokenizer.pad_token_id
+    return Guard(
+        slice_features(sae, ids).on(torch.device("cpu")),
+        hook_point=settings.hook_point,
+        uncounted_ids=uncounted_token_ids(tokenizer),
+        pad_id=pad_id if isinstance(pad_id, int) else None,
+        gate=settings.make_gate(),
+        edit=edit,
+        model=ModelIdentity.of(model),
+        facts={"settings": asdict(settings), "selection": asdict(selection)},
+    )
+
+
+def calibrate_guard(guard: Guard, settings: GuardSettings, measure: Measure) -> Guard:
+    """Calibrates the gate, unless its threshold was chosen by hand, and notes how it errs.
+
+    An open gate has nothing to calibrate, and nothing is measured for it.
+
+    Args:
+        guard: What `draft_guard` returned.
+        settings: Which guard to make.
+        measure: Knows the parts `retain_calibration`, `retain_heldout` and `forget_heldout`; an
+            empty tensor where a part has no text.
+
+    Raises:
+        UserError: There is no calibration text.
+    """
+    facts: dict[str, Any] = {
+        **guard.facts,
+        "mean_residual_norm": guard.edit.residual_norm,
+        "versions": {name: _version(name) for name in _LIBRARIES},
+    }
+    gate, percentile = guard.gate, settings.threshold_percentile
+    if isinstance(gate, OpenGate):
+        return guard.replace(facts=facts)
+    if settings.threshold is None:
+        num_texts = 0
+
+        def threshold_of(statistics: Float[Tensor, " texts"]) -> float:
+            nonlocal num_texts
+            num_texts = statistics.numel()
+            return calibrate_threshold(statistics, percentile)
+
+        gate = gate.calibrated(lambda draft: measure(draft, "retain_calibration"), threshold_of)
+        facts["calibration"] = {"n": num_texts, "threshold_percentile": percentile}
+    rate = false_positive_rate(measure(gate, "retain_heldout"), gate.threshold)
+    facts["false_positive_rate"] = asdict(rate) if rate.n else None
+    forget = measure(gate, "forget_heldout")
+    if forget.numel():
+        facts["forget_trigger_rate"] = asdict(false_positive_rate(forget, gate.threshold))
+    return guard.replace(gate=gate, facts=facts)
+
+
+class GuardBuilder:
+    """Makes guards for one model and SAE; retain statistics are collected once for all of them.
+
+    Args:
+        settings: Which guard to make.
+        model: The unguarded causal LM.
+        tokenizer: Its tokenizer.
+        sae: The SAE that `settings` name.
+        retain_texts: Retain texts for the selection of features.
+        calibration_texts: Retain texts that set the threshold.
+        heldout_texts: Retain texts on which the false-positive rate is measured.
+        show_progress: Show a bar on a terminal for each pass over texts.
+
+    Raises:
+        UserError: SAE, model and hook point do not fit.
+    """
+
+    def __init__(
+        self,
+        settings: GuardSettings,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sae: "SAE[Any]",
+        retain_texts: Sequence[str],
+        calibration_texts: Sequence[str],
+        heldout_texts: Sequence[str],
+        *,
+        show_progress: bool = False,
+    ) -> None:
+        check_supported(sae)
+        check_width(model, sae.cfg.d_in)
+        resolve_hook_point(model, settings.hook_point)
+        check_sae_place(model, sae, settings.hook_point)
+        self.settings = settings
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sae = sae
+        self.calibration_texts = calibration_texts
+        self.heldout_texts = heldout_texts
+        self._show_progress = show_progress
+        self.retain = self.statistics(retain_texts, "retain_selection")
+        self.calibration = self.statistics(calibration_texts, "retain_calibration")
+        self._origin = {
+            "sae": describe_sae(sae),
+            "texts": {"retain_selection": describe_texts(retain_texts)},
+        }
+
+    def statistics(self, texts: Sequence[str], part: str = "forget_selection") -> FeatureStatistics:
+        """Statistics of texts at the hook point.
+
+        Args:
+            texts: One sequence each.
+            part: What the bar calls them.
+        """
+        batches = self._batches(texts, f"Features on {part}")
+        return collect_statistics(self.model, self.sae, self.settings.hook_point, batches)
+
+    def make(
+        self,
+        forget: FeatureStatistics,
+        texts: Mapping[str, Sequence[str]] | None = None,
+    ) -> Guard:
+        """Make the guard for the forget text behind these statistics, on the CPU.
+
+        Args:
+            forget: Statistics of the forget text for the selection.
+            texts: Forget texts behind them (`forget_selection`) and others on which to measure how
+                often the gate triggers (`forget_heldout`), where they are at hand.
+        """
+        settings = self.settings
+        selection = choose_features(settings, forget, self.retain)
+        norm = self.calibration.mean_residual_norm()
+        draft = draft_guard(
+            settings, self.model, self.tokenizer, self.sae, selection, self.retain, norm
+        )
+        parts = {
+            "retain_calibration": self.calibration_texts,
+            "retain_heldout": self.heldout_texts,
+            **(texts or {}),
+        }
+
+        def measure(gate: Gate, part: str) -> Float[Tensor, " texts"]:
+            guard = draft.replace(gate=gate)
+            statistics = [
+                guard.statistic(self.model, **batch.model_inputs(), token_mask=batch.token_mask)
+                for batch in self._batches(parts.get(part, ()), f"Gate on {part}")
+            ]
+            return torch.cat([torch.zeros(0, dtype=torch.float64), *(s.cpu() for s in statistics)])
+
+        guard = calibrate_guard(draft, settings, measure)
+        described = {name: describe_texts(part) for name, part in parts.items()}
+        origin = {**self._origin, "texts": {**self._origin["texts"], **described}}
+        return guard.replace(facts={**guard.facts, **origin})
+
+    def _batches(self, texts: Sequence[str], shown_as: str) -> Iterable[TokenBatch]:
+        settings = self.settings
+        batches = corpus_batches(self.tokenizer, texts, settings.max_length, settings.batch_size)
+        return with_bar(batches, shown_as, show=self._show_progress)
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

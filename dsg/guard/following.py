@@ -43,8 +43,6 @@ class Follower:
     ) -> None:
         self.memory = CacheEvidence()
         self._guards, self._panel, self._calls = list(guards), panel, calls
-        # Read once: buffers on an accelerator would make every forward pass wait for it.
-        self._uncounted_ids = [guard.uncounted_ids for guard in guards]
         self._models, self._decoder = tuple(models), decoder
         self._by_prompt, self._check = by_prompt, check
         self._last: ForwardPass | None = None
@@ -123,19 +121,14 @@ class Follower:
         return args, kwargs
 
     def _plan(self, inputs: ForwardInputs) -> ForwardPass:
-        counted = [
-            inputs.counted(uncounted_ids, guard.pad_id)
-            for guard, uncounted_ids in zip(self._guards, self._uncounted_ids, strict=True)
-        ]
+        counted = [inputs.counted(guard.uncounted_ids, guard.pad_id) for guard in self._guards]
         earlier = self.memory.recall(inputs.cache, inputs.shape[0])
         if earlier is not None and inputs.prompt_mask is not None:
             raise UserError(
                 "`prompt_mask` must come with a new input, got one with a filled KV cache; leave "
                 "it out when continuing."
             )
-        prompt = torch.ones(inputs.shape, dtype=torch.bool, device=inputs.device)
-        if self._by_prompt:
-            prompt = inputs.prompt(counted[0])
+        prompt = inputs.prompt(counted[0]) if self._by_prompt else None
         return ForwardPass(counted, prompt, earlier, past_length(inputs.cache) + inputs.shape[1])
 
     @never_compiled
@@ -150,7 +143,7 @@ class Follower:
             forward = self._trained
         elif forward is not None and forward.finished:
             forward = None
-        if forward is None or forward.prompt.shape != h.shape[:2]:
+        if forward is None or forward.counted[0].shape != h.shape[:2]:
             raise UserError(
                 "a guarded layer must run inside its model's forward pass, but it ran alone; call "
                 "the model that the guard is attached to."

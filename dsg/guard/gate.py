@@ -1,25 +1,35 @@
 """The gate: which sequences, and from which position on, are forget-related.
 
-A gate turns the tokens on which a selected feature fired into one number per sequence, its
-statistic; the sequence is triggered where that number exceeds a threshold. Every statistic is a
-ratio of integer counts, so no way of cutting a sequence into chunks changes a bit of it.
+A gate turns the activity of the selected features into one number per sequence, its statistic; the
+sequence is triggered where that number exceeds the gate's threshold. Every statistic is a ratio of
+integer counts, so no way of cutting a sequence into chunks changes a bit of it.
+
+A new gate is one frozen dataclass here: a threshold and further fields that it checks itself,
+`start`, `follow`, and `calibrated` where more than the threshold is measured.
 """
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dsg.errors import UserError
+from dsg.errors import check_number
 
-# `token` is no rule of its own: every sequence with a counted token is triggered.
 GateKind = Literal["density", "window", "cusum", "token"]
 State = tuple[Tensor, ...]
+# A gate's statistic of each retain text, float64, and the threshold that such statistics lead to.
+Measure = Callable[["Gate"], Float[Tensor, " texts"]]
+ThresholdOf = Callable[[Float[Tensor, " texts"]], float]
 
 # The leak is a multiple of this fraction of a token, so that sums are exact in integers.
 _UNITS_PER_TOKEN = 65536
+# A sum must leak on text that never fires, and rise on text that always does.
+_LEAK_RANGE = (0.01, 0.99)
 
 
 @dataclass(frozen=True)
@@ -56,31 +66,58 @@ class Evidence:
         )
 
 
-class Gate(Protocol):
-    """How the tokens of a sequence become its statistic."""
+@dataclass(frozen=True)
+class Gate(ABC):
+    """How the tokens of a sequence become its statistic, and when that is too high.
 
+    Args:
+        threshold: Statistic strictly above which a sequence is triggered (tau).
+
+    Raises:
+        UserError: If a field is out of range.
+    """
+
+    kind: ClassVar[GateKind]
+    threshold: float
+
+    def __post_init__(self) -> None:
+        check_number(
+            "threshold",
+            self.threshold,
+            lambda value: 0.0 <= value <= 1.0,
+            f"a density in [0, 1] for the gate {self.kind!r}",
+            "calibrate it on retain text",
+        )
+
+    @abstractmethod
     def start(self, batch: int, device: torch.device) -> State:
         """The state before any token."""
-        ...
 
+    @abstractmethod
     def follow(
-        self, fired: Bool[Tensor, "batch seq"], counted: Bool[Tensor, "batch seq"], state: State
+        self, active: Bool[Tensor, "batch seq k"], counted: Bool[Tensor, "batch seq"], state: State
     ) -> tuple[Float[Tensor, "batch seq"], State]:
         """The statistic after each position, float64, and the state after the last one.
 
         Uncounted positions leave the statistic as it was; before any counted one it is 0.
 
         Args:
-            fired: Counted tokens on which any selected feature is active.
+            active: Whether each selected feature is active, most important first; at counted tokens
+                only.
             counted: Counted tokens.
             state: What the tokens before these left behind.
         """
-        ...
+
+    def calibrated(self, measure: Measure, threshold_of: ThresholdOf) -> "Gate":
+        """The gate with the threshold that retain text gives it."""
+        return replace(self, threshold=threshold_of(measure(self)))
 
 
 @dataclass(frozen=True)
-class DensityGate:
+class DensityGate(Gate):
     """The paper's statistic: the fraction of all counted tokens that fired (rho), in [0, 1]."""
+
+    kind = "density"
 
     def start(self, batch: int, device: torch.device) -> State:
         """No token fired, none counted."""
@@ -88,33 +125,50 @@ class DensityGate:
         return zeros, zeros
 
     def follow(
-        self, fired: Bool[Tensor, "batch seq"], counted: Bool[Tensor, "batch seq"], state: State
+        self, active: Bool[Tensor, "batch seq k"], counted: Bool[Tensor, "batch seq"], state: State
     ) -> tuple[Float[Tensor, "batch seq"], State]:
         """See `Gate`."""
-        num_fired = state[0][:, None] + fired.cumsum(1)
-        num_counted = state[1][:, None] + counted.cumsum(1)
+        num_fired = state[0][:, None] + active.any(-1).cumsum(1)  # [batch, seq]
+        num_counted = state[1][:, None] + counted.cumsum(1)  # [batch, seq]
         return density(num_fired, num_counted), (num_fired[:, -1], num_counted[:, -1])
 
 
 @dataclass(frozen=True)
-class WindowGate:
+class OpenGate(DensityGate):
+    """No gate: every sequence with a counted token is triggered (static clamping)."""
+
+    kind = "token"
+    # Below every density.
+    threshold: float = field(default=-1.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """There is nothing to check."""
+
+    def calibrated(self, measure: Measure, threshold_of: ThresholdOf) -> Gate:
+        """The gate as it is: it has no threshold."""
+        del measure, threshold_of
+        return self
+
+
+@dataclass(frozen=True)
+class WindowGate(Gate):
     """The highest density in any run of `size` counted tokens, in [0, 1].
 
     Text around a forget-related passage cannot dilute it. Of fewer counted tokens it is the density
     of all of them.
 
     Args:
+        threshold: See `Gate`.
         size: Counted tokens of a window, at least 1.
-
-    Raises:
-        UserError: If `size` is below 1.
     """
 
+    kind = "window"
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UserError(f"`window_size` must be at least 1 token, got {self.size}; try 32.")
+        super().__post_init__()
+        whole = isinstance(self.size, int)
+        check_number("size", self.size, lambda size: whole and size >= 1, "at least 1", "try 32")
 
     def start(self, batch: int, device: torch.device) -> State:
         """No token counted, and a window of tokens that did not fire."""
@@ -122,30 +176,31 @@ class WindowGate:
         return torch.zeros(batch, self.size, dtype=torch.bool, device=device), zeros, zeros
 
     def follow(
-        self, fired: Bool[Tensor, "batch seq"], counted: Bool[Tensor, "batch seq"], state: State
+        self, active: Bool[Tensor, "batch seq k"], counted: Bool[Tensor, "batch seq"], state: State
     ) -> tuple[Float[Tensor, "batch seq"], State]:
         """See `Gate`."""
-        recent, earlier, peak = state
-        seen = counted.cumsum(1)
+        recent, earlier, peak = state  # [batch, size], [batch], [batch]
+        seen = counted.cumsum(1)  # [batch, seq]
         # Counted tokens moved to the front: a stable sort of a mask keeps their order.
-        order = (~counted).to(torch.uint8).argsort(dim=1, stable=True)
-        fired_in_order = torch.cat([recent, fired.gather(1, order)], 1)
-        sums = torch.nn.functional.pad(fired_in_order.cumsum(1), (1, 0))
+        order = (~counted).to(torch.uint8).argsort(dim=1, stable=True)  # [batch, seq]
+        fired = active.any(-1).gather(1, order)  # [batch, seq]
+        fired = torch.cat([recent, fired], 1)  # [batch, size + seq]
+        sums = F.pad(fired.cumsum(1), (1, 0))  # [batch, 1 + size + seq]
         # Column n: fired tokens among the last `size` counted ones, once n new ones are counted.
-        in_window = sums[:, self.size :] - sums[:, : -self.size]
-        num_counted = earlier[:, None] + seen
+        in_window = sums[:, self.size :] - sums[:, : -self.size]  # [batch, 1 + seq]
+        num_counted = earlier[:, None] + seen  # [batch, seq]
+        now = in_window.gather(1, seen)  # [batch, seq]
+        full = num_counted >= self.size  # [batch, seq]
         # Windows before the first full one hold all tokens so far and compete with none.
-        now = in_window.gather(1, seen)
-        best = torch.where(num_counted >= self.size, now, 0).cummax(1).values
+        best = torch.where(full, now, 0).cummax(1).values  # [batch, seq]
         best = torch.maximum(best, peak[:, None])
-        full = num_counted >= self.size
         statistic = torch.where(full, best.double() / self.size, density(now, num_counted))
-        last = seen[:, -1:] + torch.arange(self.size, device=fired.device)
-        return statistic, (fired_in_order.gather(1, last), num_counted[:, -1], best[:, -1])
+        last = seen[:, -1:] + torch.arange(self.size, device=fired.device)  # [batch, size]
+        return statistic, (fired.gather(1, last), num_counted[:, -1], best[:, -1])
 
 
 @dataclass(frozen=True)
-class CusumGate:
+class CusumGate(Gate):
     """A running sum that rises by one with a token that fired and leaks with every counted token.
 
     The sum never falls below 0, and the statistic is the highest value it has had (Page's CUSUM
@@ -153,17 +208,22 @@ class CusumGate:
     need not fit a window.
 
     Args:
+        threshold: See `Gate`; in tokens, at least 0.
         leak: Tokens that leak per counted token, in (0, 1).
-
-    Raises:
-        UserError: If `leak` is not in (0, 1).
     """
 
+    kind = "cusum"
     leak: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.leak < 1.0:
-            raise UserError(f"`leak` must be in (0, 1), got {self.leak}; calibrate the gate.")
+        check_number(
+            "threshold",
+            self.threshold,
+            lambda value: 0.0 <= value < float("inf"),
+            "finite and at least 0 for the gate 'cusum'",
+            "calibrate it on retain text",
+        )
+        check_number("leak", self.leak, lambda leak: 0.0 < leak < 1.0, "in (0, 1)", "calibrate it")
 
     def start(self, batch: int, device: torch.device) -> State:
         """Sum and highest sum are 0."""
@@ -171,39 +231,27 @@ class CusumGate:
         return zeros, zeros
 
     def follow(
-        self, fired: Bool[Tensor, "batch seq"], counted: Bool[Tensor, "batch seq"], state: State
+        self, active: Bool[Tensor, "batch seq k"], counted: Bool[Tensor, "batch seq"], state: State
     ) -> tuple[Float[Tensor, "batch seq"], State]:
         """See `Gate`."""
-        level, peak = state
+        level, peak = state  # [batch], [batch]
         leak = max(1, round(self.leak * _UNITS_PER_TOKEN))
-        steps = fired.long() * _UNITS_PER_TOKEN - counted.long() * leak
+        steps = active.any(-1).long() * _UNITS_PER_TOKEN - counted.long() * leak  # [batch, seq]
         # A sum held at 0 from below is the free sum minus its lowest value so far below 0.
-        free = level[:, None] + steps.cumsum(1)
-        levels = free - free.cummin(1).values.clamp(max=0)
-        peaks = torch.maximum(levels.cummax(1).values, peak[:, None])
+        free = level[:, None] + steps.cumsum(1)  # [batch, seq]
+        levels = free - free.cummin(1).values.clamp(max=0)  # [batch, seq]
+        peaks = torch.maximum(levels.cummax(1).values, peak[:, None])  # [batch, seq]
         return peaks.double() / _UNITS_PER_TOKEN, (levels[:, -1], peaks[:, -1])
 
+    def calibrated(self, measure: Measure, threshold_of: ThresholdOf) -> Gate:
+        """The leak is the threshold of the density, the threshold that of the sum with this leak.
 
-def make_gate(kind: GateKind, window_size: int | None, leak: float | None) -> Gate:
-    """The gate of a kind.
-
-    Args:
-        kind: `density`, `window`, `cusum` or `token`, whose statistic is the density.
-        window_size: Counted tokens of a window; for `window` only.
-        leak: Tokens that leak per counted token; for `cusum` only.
-
-    Raises:
-        UserError: If an argument that the kind needs is missing, or out of range.
-    """
-    if kind == "window":
-        if window_size is None:
-            raise UserError("`window_size` must be given for the gate 'window', got None; try 32.")
-        return WindowGate(window_size)
-    if kind == "cusum":
-        if leak is None:
-            raise UserError("`leak` must be given for the gate 'cusum', got None; calibrate it.")
-        return CusumGate(leak)
-    return DensityGate()
+        The sum so rises where text fires more often than the retain texts that a gate lets pass.
+        """
+        low, high = _LEAK_RANGE
+        leak = min(max(threshold_of(measure(DensityGate(1.0))), low), high)
+        leaking = replace(self, leak=leak)
+        return replace(leaking, threshold=threshold_of(measure(leaking)))
 
 
 def density(
@@ -218,19 +266,11 @@ def density(
     return num_fired.double() / num_counted.clamp(min=1)
 
 
-def fired_tokens(
-    feature_acts: Float[Tensor, "batch seq k"], token_mask: Bool[Tensor, "batch seq"]
-) -> Bool[Tensor, "batch seq"]:
-    """Counted tokens on which any selected feature is active."""
-    return (feature_acts > 0).any(-1) & token_mask
-
-
 def decide(
     gate: Gate,
-    fired: Bool[Tensor, "batch seq"],
+    active: Bool[Tensor, "batch seq k"],
     counted: Bool[Tensor, "batch seq"],
-    prompt: Bool[Tensor, "batch seq"],
-    threshold: float,
+    prompt: Bool[Tensor, "batch seq"] | None = None,
     earlier: Evidence | None = None,
     *,
     running: bool = True,
@@ -244,10 +284,10 @@ def decide(
 
     Args:
         gate: Makes the statistic.
-        fired: Counted tokens on which any selected feature is active.
+        active: Whether each selected feature is active, most important first.
         counted: Counted tokens.
-        prompt: Positions of the prompt. Ignored after `earlier`: a continuation has none.
-        threshold: Statistic above which a sequence is triggered (tau).
+        prompt: Positions of the prompt; None for all. Ignored after `earlier`: a continuation has
+            none.
         earlier: What the sequences' earlier tokens said; None if these are the first.
         running: False keeps the prompt's decision whatever follows.
 
@@ -255,34 +295,31 @@ def decide(
         The decision at each position, and the evidence after the last position. Without
         `running`, the evidence stays that of the prompt.
     """
-    continuation = torch.ones_like(prompt)
+    rest = torch.ones_like(counted)  # [batch, seq]
     if earlier is None:
-        earlier, continuation = (
-            _of_prompt(gate, fired & prompt, counted & prompt, threshold),
-            ~prompt,
-        )
+        earlier = _of_prompt(gate, active, counted if prompt is None else counted & prompt)
+        # Nothing stands behind a prompt that is everything.
+        running, rest = running and prompt is not None, rest if prompt is None else ~prompt
     if not running:
-        return earlier.triggered[:, None].expand_as(fired), earlier
-    fired, counted = fired & continuation, counted & continuation
-    num_fired = earlier.num_fired[:, None] + fired.cumsum(1)
-    num_counted = earlier.num_counted[:, None] + counted.cumsum(1)
-    statistic, state = gate.follow(fired, counted, earlier.state)
-    exceeded = (statistic > threshold) & (num_counted > 0) & continuation
-    triggered = earlier.triggered[:, None] | ((exceeded.cumsum(1) > 0) & continuation)
-    evidence = Evidence(
-        num_fired[:, -1], num_counted[:, -1], statistic[:, -1], triggered.any(1), state
-    )
-    return triggered, evidence
+        return earlier.triggered[:, None].expand_as(counted), earlier
+    counted = counted & rest
+    active = active & counted[..., None]
+    statistic, state = gate.follow(active, counted, earlier.state)  # [batch, seq]
+    num_fired = earlier.num_fired + active.any(-1).sum(1)  # [batch]
+    num_counted = earlier.num_counted[:, None] + counted.cumsum(1)  # [batch, seq]
+    exceeded = (statistic > gate.threshold) & (num_counted > 0) & rest  # [batch, seq]
+    triggered = earlier.triggered[:, None] | ((exceeded.cumsum(1) > 0) & rest)  # [batch, seq]
+    last, total = statistic[:, -1], num_counted[:, -1]
+    return triggered, Evidence(num_fired, total, last, triggered.any(1), state)
 
 
 def _of_prompt(
-    gate: Gate,
-    fired: Bool[Tensor, "batch seq"],
-    counted: Bool[Tensor, "batch seq"],
-    threshold: float,
+    gate: Gate, active: Bool[Tensor, "batch seq k"], counted: Bool[Tensor, "batch seq"]
 ) -> Evidence:
-    num_fired, num_counted = fired.sum(1), counted.sum(1)
-    statistic, state = gate.follow(fired, counted, gate.start(len(fired), fired.device))
+    active = active & counted[..., None]
+    num_fired, num_counted = active.any(-1).sum(1), counted.sum(1)  # [batch], [batch]
+    statistic, state = gate.follow(active, counted, gate.start(len(counted), counted.device))
     # Uncounted positions leave the statistic as it was: the last column is the prompt's.
     last = statistic[:, -1]
-    return Evidence(num_fired, num_counted, last, (last > threshold) & (num_counted > 0), state)
+    triggered = (last > gate.threshold) & (num_counted > 0)
+    return Evidence(num_fired, num_counted, last, triggered, state)

@@ -1,21 +1,22 @@
 """A guard: score, gate and edit at one hook point, for one forget request."""
 
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dsg.errors import UserError, check_choice
+from dsg.errors import UserError
 from dsg.guard.artifact import read_artifact, write_artifact
 from dsg.guard.attachment import Attachment, Continuation, DecisionRule, attach
-from dsg.guard.edit import ClampScope, ClampUnit, Edit
-from dsg.guard.gate import Evidence, GateKind, decide, fired_tokens, make_gate
+from dsg.guard.edit import Edit, Refusal
+from dsg.guard.gate import Evidence, Gate, decide
 from dsg.guard.steering_csv import read_steering_csv, write_steering_csv
-from dsg.guard.values import check_kinds, check_numbers
 from dsg.lm import ModelIdentity, TokenBatch, check_width, count_mask, read_activations
 from dsg.sae import DeviceOnlyModule, Features, check_finite, rebuild_features
 
@@ -25,112 +26,57 @@ _SHOWN_IDS = 8
 class Guard(DeviceOnlyModule):
     """Writes features in sequences whose gate statistic exceeds a threshold.
 
-    Holds buffers only. Its dtypes stay whatever the model is cast to.
+    Holds no parameters, and its dtypes stay whatever the model is cast to.
 
     Args:
-        features: The selected features; for the edit `refusal` also, last, the one to write.
+        features: The selected features; for the edit `Refusal` also, last, the one to write.
         hook_point: Module whose output is read and edited.
         uncounted_ids: Token ids that never count.
         pad_id: The tokenizer's padding id, or None.
-        threshold: Statistic strictly above which a sequence is triggered (tau); in [0, 1] for a
-            density, in tokens for the gate `cusum`.
-        clamp_value: Value written to the features, sign included (-c).
-        clamp_scope: Write `all` selected features where any is active, or only the `active` ones.
-        clamp_unit: Unit of `clamp_value`: SAE activations, or multiples of `residual_norm`.
-        residual_norm: Mean L2 norm of the residual stream at the hook point, above 0.
-        gate: `density` (the paper), `window`, `cusum` (see `dsg.guard.gate`), or `token`: every
-            sequence counts as triggered (static clamping).
-        window_size: Counted tokens of a window, for the gate `window`.
-        leak: Tokens that leak per counted token, in (0, 1), for the gate `cusum`.
-        edit: `clamp` writes the selected features; `refusal` writes another feature wherever one of
-            them is active (Refusal Clamp).
-        trigger_limit: Activation above which the edit takes a feature as active, at least 0. The
-            gate always counts activations above 0.
+        gate: Which sequences are edited; see `dsg.guard.gate`.
+        edit: What is written there; see `dsg.guard.edit`.
         model: The model for which the guard was made, if known.
         facts: What else is known about how it was made; must be representable in JSON.
 
     Raises:
-        UserError: If a value is out of range or a choice unknown.
+        UserError: If an argument is of another kind, or the edit needs more features.
     """
 
     features: Features
-    _threshold: Tensor
-    _clamp_value: Tensor
-    _uncounted_ids: Tensor
 
     def __init__(
         self,
         features: Features,
         *,
         hook_point: str,
-        uncounted_ids: list[int],
+        uncounted_ids: Collection[int],
         pad_id: int | None,
-        threshold: float,
-        clamp_value: float,
-        clamp_scope: ClampScope = "all",
-        clamp_unit: ClampUnit = "activation",
-        residual_norm: float | None = None,
-        gate: GateKind = "density",
-        window_size: int | None = None,
-        leak: float | None = None,
-        edit: Edit = "clamp",
-        trigger_limit: float = 0.0,
+        gate: Gate,
+        edit: Edit,
         model: ModelIdentity | None = None,
-        facts: dict[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_choice("clamp_scope", clamp_scope, get_args(ClampScope))
-        check_choice("clamp_unit", clamp_unit, get_args(ClampUnit))
-        check_choice("gate", gate, get_args(GateKind))
-        check_choice("edit", edit, get_args(Edit))
-        check_kinds(hook_point, uncounted_ids, pad_id, window_size, leak, facts)
-        check_numbers(gate, threshold, clamp_value, residual_norm, trigger_limit)
-        if clamp_unit == "residual_norm" and residual_norm is None:
-            raise UserError(
-                "`residual_norm` must be given for clamp_unit 'residual_norm', got None; measure "
-                "it or use clamp_unit 'activation'."
-            )
-        self.rule = make_gate(gate, window_size, leak)
-        if edit == "refusal" and features.num_features < 2:
+        _check_kinds(hook_point, uncounted_ids, pad_id, facts)
+        if features.num_features <= edit.num_further:
             raise UserError(
                 "`features` must be selected ones and last the one to write for the edit "
-                "'refusal', got one feature; add its id."
+                f"{edit.kind!r}, got one feature; add its id."
             )
         self.features = features
         self.hook_point = hook_point
+        self.uncounted_ids = sorted(uncounted_ids)
         self.pad_id = pad_id
-        self.clamp_scope: ClampScope = clamp_scope
-        self.clamp_unit: ClampUnit = clamp_unit
-        self.residual_norm = residual_norm
-        self.gate: GateKind = gate
-        self.window_size = window_size
-        self.leak = leak
-        self.edit: Edit = edit
-        self.trigger_limit = trigger_limit
+        self.gate = gate
+        self.edit = edit
         self.model = model
         self.facts = dict(facts or {})
-        self.register_buffer("_threshold", torch.tensor(threshold, dtype=torch.float64))
-        self.register_buffer("_clamp_value", torch.tensor(clamp_value, dtype=torch.float64))
-        self.register_buffer(
-            "_uncounted_ids", torch.tensor(sorted(uncounted_ids), dtype=torch.int64)
-        )
 
     def __repr__(self) -> str:
         ids = self.feature_ids
         shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + ", ..." * (len(ids) > _SHOWN_IDS)
-        gate = "no gate" if self.gate == "token" else f"gate {self.gate}"
-        if self.gate == "window":
-            gate += f" of {self.window_size} tokens"
-        if self.gate == "cusum":
-            gate += f" with leak {self.leak:.4g}"
-        if self.gate != "token":
-            gate += f" > {self.threshold:.4g}"
-        unit = " residual norms" if self.clamp_unit == "residual_norm" else ""
-        written = f"{self.clamp_scope} to {self.clamp_value:g}{unit}"
-        if self.refusal_id is not None:
-            written = f"feature {self.refusal_id} to {self.clamp_value:g}{unit}"
         features = f"{len(ids)} features [{shown}] at {self.hook_point}"
-        return f"Guard({features}, {gate}, {self.edit} {written})"
+        return f"Guard({features}, {self.gate}, {self.edit})"
 
     @property
     def feature_ids(self) -> list[int]:
@@ -139,38 +85,24 @@ class Guard(DeviceOnlyModule):
 
     @property
     def refusal_id(self) -> int | None:
-        """Id of the feature that the edit `refusal` writes; None for the edit `clamp`."""
-        return self.features.feature_ids.tolist()[-1] if self.edit == "refusal" else None
+        """Id of the feature that the edit `Refusal` writes; None for other edits."""
+        is_refusal = isinstance(self.edit, Refusal)
+        return self.features.feature_ids.tolist()[-1] if is_refusal else None
 
     @property
     def num_selected(self) -> int:
         """Number of selected features, on which the gate looks."""
-        return self.features.num_features - (self.edit == "refusal")
+        return self.features.num_features - self.edit.num_further
 
     @property
     def threshold(self) -> float:
         """Statistic strictly above which a sequence is triggered (tau)."""
-        return self._threshold.item()
+        return self.gate.threshold
 
     @property
     def clamp_value(self) -> float:
-        """Value written to the features, in `clamp_unit`, sign included."""
-        return self._clamp_value.item()
-
-    @property
-    def written_value(self) -> float:
-        """`clamp_value` as an activation, or for `residual_norm` in units of the residual stream.
-
-        They are the same where the SAE does not rescale its input.
-        """
-        if self.clamp_unit == "activation" or self.residual_norm is None:
-            return self.clamp_value
-        return self.clamp_value * self.residual_norm
-
-    @property
-    def uncounted_ids(self) -> list[int]:
-        """Token ids that never count, ascending."""
-        return self._uncounted_ids.tolist()
+        """Value written to the features, in the unit of the edit, sign included."""
+        return self.edit.value
 
     def density(
         self,
@@ -199,20 +131,21 @@ class Guard(DeviceOnlyModule):
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         token_mask: Bool[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """The gate's statistic of each sequence in the unedited model, float64.
-
-        For the gates `density` and `token` it is the density. Arguments and errors are those of
-        `density`.
-        """
+        """The gate's statistic of each sequence in the unedited model, float64; see `density`."""
         return self._read(model, input_ids, attention_mask, token_mask).statistic
 
     def replace(self, **changes: Any) -> "Guard":
         """A guard with some settings changed that shares this guard's features.
 
         Args:
-            changes: Any keyword argument of `Guard`.
+            changes: Arguments of `Guard`, or fields of its gate and its edit by their own names:
+                `guard.replace(threshold=0.1, value=-20.0)`.
         """
-        return Guard(self.features, **{**self._settings(), **changes})
+        settings = {**self._settings(), **changes}
+        for part in ("gate", "edit"):
+            names = {field.name for field in fields(settings[part])} & set(changes)
+            settings[part] = replace(settings[part], **{name: settings.pop(name) for name in names})
+        return Guard(self.features, **settings)
 
     def attached(
         self,
@@ -235,7 +168,7 @@ class Guard(DeviceOnlyModule):
 
     @classmethod
     def load(cls, directory: str | Path) -> "Guard":
-        """Reads a guard written by `save`, onto the CPU.
+        """Reads a guard written by `save`, now or in an earlier format, onto the CPU.
 
         Raises:
             UserError: If the artifact is missing, damaged, altered or of another program.
@@ -266,29 +199,30 @@ class Guard(DeviceOnlyModule):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         batch = TokenBatch(input_ids, attention_mask, token_mask)
-        h = read_activations(model, self.hook_point, batch)
+        h = read_activations(model, self.hook_point, batch)  # [batch, seq, d_in]
         counted = token_mask.to(h.device)
         check_finite(h, counted, self.hook_point)
         selected = self.features.on(h.device).encode(h)[..., : self.num_selected]
-        everything = torch.ones_like(counted)
-        fired = fired_tokens(selected, counted)
-        return decide(self.rule, fired, counted, everything, 1.0, running=False)[1]
+        return decide(self.gate, selected > 0, counted, running=False)[1]
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "hook_point": self.hook_point,
-            "uncounted_ids": self.uncounted_ids,
-            "pad_id": self.pad_id,
-            "threshold": self.threshold,
-            "clamp_value": self.clamp_value,
-            "clamp_scope": self.clamp_scope,
-            "clamp_unit": self.clamp_unit,
-            "residual_norm": self.residual_norm,
-            "gate": self.gate,
-            "window_size": self.window_size,
-            "leak": self.leak,
-            "edit": self.edit,
-            "trigger_limit": self.trigger_limit,
-            "model": self.model,
-            "facts": self.facts,
-        }
+        names = ("hook_point", "uncounted_ids", "pad_id", "gate", "edit", "model", "facts")
+        return {name: vars(self)[name] for name in names}
+
+
+def _check_kinds(hook_point: Any, uncounted_ids: Any, pad_id: Any, facts: Any) -> None:
+    """Refuses settings that are of another kind than those of a guard, as in an edited file."""
+    ids = uncounted_ids if isinstance(uncounted_ids, Collection) else [None]
+    wanted = {
+        "hook_point": ("a name", hook_point, isinstance(hook_point, str)),
+        "uncounted_ids": ("a list of token ids", uncounted_ids, all(map(_is_id, ids))),
+        "pad_id": ("a token id or None", pad_id, pad_id is None or _is_id(pad_id)),
+        "facts": ("a mapping", facts, facts is None or isinstance(facts, Mapping)),
+    }
+    for name, (kind, value, fits) in wanted.items():
+        if not fits:
+            raise UserError(f"`{name}` must be {kind}, got {value!r}; correct it.")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -103,8 +103,8 @@ class ForwardInputs:
             )
         return count_mask(self.input_ids, self._recent_mask(), uncounted_ids, pad_id)
 
-    def prompt(self, counted: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
-        """Prompt tokens of a new input: the caller's mask, or else all.
+    def prompt(self, counted: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"] | None:
+        """Prompt tokens of a new input by the caller's mask; None, without one, for all.
 
         Args:
             counted: Counted tokens of this call.
@@ -113,7 +113,7 @@ class ForwardInputs:
             UserError: If a counted prompt token stands behind a counted token of the rest.
         """
         if self.prompt_mask is None:
-            return torch.ones(self.shape, dtype=torch.bool, device=self.device)
+            return None
         prompt, counted = self.prompt_mask.to(self.device), counted.to(self.device)
         if (((counted & ~prompt).cumsum(1) > 0) & counted & prompt).any():
             raise UserError(

@@ -9,16 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.guard.edit import (
-    ClampScope,
-    ClampUnit,
-    Edit,
-    Write,
-    apply_clamps,
-    clamp_entries,
-    refusal_entries,
-)
-from dsg.guard.gate import Evidence, Gate, GateKind, decide, fired_tokens
+from dsg.guard.edit import Edit, Write, apply_writes
+from dsg.guard.gate import Evidence, Gate, decide
 from dsg.lm import ModelIdentity
 from dsg.sae import Features, check_finite
 
@@ -29,34 +21,16 @@ class GuardLike(Protocol):
     """What a model at work asks of a guard; see `dsg.guard.guard.Guard`."""
 
     features: Features
-    gate: GateKind
-    rule: Gate
-    hook_point: str
-    pad_id: int | None
+    gate: Gate
     edit: Edit
-    clamp_scope: ClampScope
-    clamp_unit: ClampUnit
-    trigger_limit: float
+    hook_point: str
+    uncounted_ids: list[int]
+    pad_id: int | None
     model: ModelIdentity | None
 
     @property
     def num_selected(self) -> int:
         """Number of selected features, on which the gate looks."""
-        ...
-
-    @property
-    def threshold(self) -> float:
-        """Statistic strictly above which a sequence is triggered."""
-        ...
-
-    @property
-    def written_value(self) -> float:
-        """What the edit writes."""
-        ...
-
-    @property
-    def uncounted_ids(self) -> list[int]:
-        """Token ids that never count."""
         ...
 
 
@@ -68,7 +42,7 @@ class ForwardPass:
 
     Attributes:
         counted: Counted tokens.
-        prompt: Prompt positions.
+        prompt: Prompt positions; None where a whole new input decides.
         earlier: What the tokens in the KV cache said; None for a new input.
         num_positions: Positions that the cache holds afterwards, padding included.
         order: Layers with guards, as they ran.
@@ -80,7 +54,7 @@ class ForwardPass:
     """
 
     counted: list[Tensor]
-    prompt: Bool[Tensor, "batch seq"]
+    prompt: Bool[Tensor, "batch seq"] | None
     earlier: list[Evidence] | None
     num_positions: int
     order: list[nn.Module] = field(default_factory=list)
@@ -119,10 +93,6 @@ class GuardGroup:
             for other in self._at[layer]:
                 check_same_sae(self.guards[other], self.guards[index])
             self._at[layer].append(index)
-        # Read once: buffers on an accelerator would make every forward pass wait for it.
-        # No density is below 0: a token gate is a density gate that is always open.
-        self._thresholds = [-1.0 if g.gate == "token" else g.threshold for g in guards]
-        self._values = [guard.written_value for guard in guards]
         self._features = [guard.features for guard in guards]
 
     @property
@@ -156,9 +126,10 @@ class GuardGroup:
         forward.seen[layer] = h.detach()
         if layer not in forward.order:
             forward.order.append(layer)
-        feature_acts = {index: self._look(forward, index, h) for index in self._at[layer]}
-        clamps = [self._clamp(forward, layer, index, h, z) for index, z in feature_acts.items()]
-        return apply_clamps(h, clamps)
+        # All guards of the layer look before the first one writes.
+        acts = {index: self._look(forward, index, h) for index in self._at[layer]}
+        writes = [self._write(forward, layer, index, h, z) for index, z in acts.items()]
+        return apply_writes(h, writes)
 
     def _look(self, forward: ForwardPass, index: int, h: Tensor) -> Tensor:
         """Activations of a guard's features; `forward` takes down its decision."""
@@ -166,41 +137,37 @@ class GuardGroup:
         features = self._features[index] = self._features[index].on(h.device)
         counted = forward.counted[index].to(h.device)
         check_finite(h, counted, guard.hook_point)
-        feature_acts = features.encode(h)
+        feature_acts = features.encode(h)  # [batch, seq, k]
         forward.votes[index], forward.evidence[index] = decide(
-            guard.rule,
-            fired_tokens(feature_acts[..., : guard.num_selected], counted),
+            guard.gate,
+            feature_acts[..., : guard.num_selected] > 0,
             counted,
-            forward.prompt.to(h.device),
-            self._thresholds[index],
+            forward.prompt.to(h.device) if forward.prompt is not None else None,
             forward.earlier[index] if forward.earlier is not None else None,
             running=self._running,
         )
         return feature_acts
 
-    def _clamp(
+    def _write(
         self, forward: ForwardPass, layer: nn.Module, index: int, h: Tensor, feature_acts: Tensor
     ) -> Write:
-        guard, features = self.guards[index], self._features[index]
-        positions = self._positions(forward, layer, index)
+        positions = self._positions(forward, layer, index)  # [batch, seq]
         forward.acted[index] = positions.any(1)
         positions = positions & forward.counted[index].to(h.device)
-        if guard.edit == "refusal":
-            entries = refusal_entries(feature_acts, positions, guard.trigger_limit)
-        else:
-            entries = clamp_entries(feature_acts, positions, guard.clamp_scope, guard.trigger_limit)
-        scale, in_residual_units = features.output_scale(h), guard.clamp_unit == "residual_norm"
-        return Write(features, feature_acts, entries, self._values[index], scale, in_residual_units)
+        return self.guards[index].edit.write(self._features[index], h, feature_acts, positions)
 
-    def _positions(self, forward: ForwardPass, layer: nn.Module, index: int) -> Tensor:
+    def _positions(
+        self, forward: ForwardPass, layer: nn.Module, index: int
+    ) -> Bool[Tensor, "batch seq"]:
         """Where a guard may edit."""
         own = forward.votes[index]
         if self._policy == "own":
             return own
         # A layer that checkpointing runs again must not hear those that ran after it.
-        ran = forward.order[: forward.order.index(layer) + 1]
-        votes = [forward.votes[i].to(own.device) for one in ran for i in self._at[one]]
-        num_open = torch.stack(votes).sum(0)
+        heard = forward.order[: forward.order.index(layer) + 1]
+        voters = [voter for earlier in heard for voter in self._at[earlier]]
+        votes = [forward.votes[voter].to(own.device) for voter in voters]
+        num_open = torch.stack(votes).sum(0)  # [batch, seq]
         return num_open > (0 if self._policy == "any" else len(votes) / 2)
 
 

@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from dsg.errors import UserError, check_choice, check_each_once
-from dsg.guard.edit import ClampScope, ClampUnit, Edit
-from dsg.guard.gate import GateKind
+from dsg.guard.edit import Clamp, ClampScope, ClampUnit, Edit, EditKind, Refusal
+from dsg.guard.gate import CusumGate, DensityGate, Gate, GateKind, OpenGate, WindowGate
 from dsg.selection import (
     FeatureStatistics,
     Importance,
@@ -49,7 +49,7 @@ class Parts:
 
     selection: SelectionRule
     gate: GateKind
-    edit: Edit
+    edit: EditKind
     clamp_scope: ClampScope
 
 
@@ -91,7 +91,7 @@ class GuardSettings:
     """Which features: `fisher_ratio`, `frequency`, `ids` or `random`. None takes the method's."""
     gate: GateKind | None = None
     """Which sequences: `density`, `window`, `cusum` or `token` (all). None takes the method's."""
-    edit: Edit | None = None
+    edit: EditKind | None = None
     """`clamp` the selected features, or write another one (`refusal`). None takes the method's."""
     num_features: int = 20
     """Features to select."""
@@ -132,7 +132,9 @@ class GuardSettings:
     """Folder of a saved guard, which is then used as it is."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        self.parts()
+        _check_ranges(self)
+        _check_use(self)
 
     def saved_in(self, folder: str | Path) -> "GuardSettings":
         """The guard that was saved in a folder, made with the same SAE."""
@@ -153,32 +155,47 @@ class GuardSettings:
             self.clamp_scope or recipe.clamp_scope,
         )
 
+    def make_gate(self) -> Gate:
+        """The gate before its calibration, or with the threshold that was chosen by hand."""
+        threshold = 1.0 if self.threshold is None else self.threshold
+        gates: dict[GateKind, Gate] = {
+            "density": DensityGate(threshold),
+            "window": WindowGate(threshold, self.window_size),
+            "cusum": CusumGate(threshold, leak=0.5),
+            "token": OpenGate(),
+        }
+        return gates[self.parts().gate]
 
-def check_settings(settings: GuardSettings) -> None:
-    """Refuses what no guard can be made with, before a model is loaded.
+    def make_edit(self, residual_norm: float) -> Edit:
+        """The edit, given the mean norm of the residual stream at the hook point."""
+        parts = self.parts()
+        unit: dict[str, Any] = {"unit": self.clamp_unit, "residual_norm": residual_norm}
+        if parts.edit == "refusal":
+            return Refusal(self.clamp_value, **unit, trigger_limit=self.trigger_limit)
+        scope = parts.clamp_scope
+        return Clamp(self.clamp_value, scope, **unit, trigger_limit=self.trigger_limit)
 
-    Raises:
-        UserError: A value is out of range, or would be ignored.
-    """
+
+def _check_use(settings: GuardSettings) -> None:
+    """Refuses settings that the method's parts would ignore, or lack."""
     parts = settings.parts()
-    _check_ranges(settings)
     for name, owner, used in (
         ("feature_ids", "selection 'ids'", parts.selection == "ids"),
         ("refusal_id", "edit 'refusal'", parts.edit == "refusal"),
     ):
-        if getattr(settings, name) is not None and not used:
+        value = vars(settings)[name]
+        if value is not None and not used:
             raise UserError(
-                f"`{name}` must be left out but for the {owner}, got {getattr(settings, name)}; "
-                "remove it, or set the other."
+                f"`{name}` must be left out but for the {owner}, got {value}; remove it, or set "
+                "the other."
             )
     if parts.selection == "ids" and settings.artifact is None:
-        ids = settings.feature_ids
-        if ids is None:
+        if settings.feature_ids is None:
             raise UserError("`feature_ids` must be given for the selection 'ids', got None.")
-        check_each_once("feature_ids", ids)
+        check_each_once("feature_ids", settings.feature_ids)
     threshold = settings.threshold
-    gates = ("density", "window")
-    if threshold is not None and (parts.gate not in gates or not 0.0 <= threshold <= 1.0):
+    measured = parts.gate not in ("density", "window")
+    if threshold is not None and (measured or not 0.0 <= threshold <= 1.0):
         raise UserError(
             "`threshold` must be in [0, 1] and its gate `density` or `window`, got "
             f"{threshold} and {parts.gate!r}; leave it out to measure it on retain text."
@@ -201,7 +218,7 @@ def _check_ranges(settings: GuardSettings) -> None:
         "batch_size": (1, inf, "at least 1"),
     }
     for name, (low, high, wanted) in ranges.items():
-        value = getattr(settings, name)
+        value = vars(settings)[name]
         if value is not None and not low <= value <= high:
             raise UserError(f"`{name}` must be {wanted}, got {value}; change it.")
     if any(feature < 0 for feature in settings.feature_ids or ()):
@@ -221,7 +238,7 @@ def choose_features(
         retain: Statistics of retain text.
 
     Raises:
-        UserError: No feature is left, or a setting is missing or out of range.
+        UserError: No feature is left.
     """
     rule = settings.parts().selection
     if rule == "frequency":
@@ -229,15 +246,10 @@ def choose_features(
             forget, retain, settings.num_features, settings.max_retain_frequency
         )
     if rule == "ids":
-        if settings.feature_ids is None:
-            raise UserError("`feature_ids` must be given for the selection 'ids', got None.")
+        assert settings.feature_ids is not None
         return select_ids(forget, retain, settings.feature_ids)
     selection = select_fisher_ratio(
-        forget,
-        retain,
-        settings.num_features,
-        settings.ratio_percentile,
-        settings.importance,
+        forget, retain, settings.num_features, settings.ratio_percentile, settings.importance
     )
     return select_random(forget, selection, settings.draw) if rule == "random" else selection
 

@@ -2,7 +2,7 @@
 
 Two column sets go by that name. That of the paper "Don't Forget It!" and its fork of the harness
 (`latent_idx, hook_action, ...`) writes SAE activations where they are positive and keeps the SAE's
-error term: a guard with an open gate and `clamp_scope: active`, or with the edit `refusal`.
+error term: a guard with an `OpenGate` and a `Clamp` of active features, or a `Refusal`.
 
 The harness itself (`feature_index, action, ...`) runs no encoder. Its `clamp` moves every token
 until its projection on the decoder row is the coefficient, its `add` adds the row to every token,
@@ -24,6 +24,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dsg.errors import UserError
+from dsg.guard.edit import Clamp, Refusal
+from dsg.guard.gate import OpenGate
 from dsg.guard.panel import GuardLike
 from dsg.io import Table, read_table, write_atomically
 from dsg.lm import uncounted_token_ids
@@ -69,7 +71,7 @@ def write_steering_csv(guard: Named, path: str | Path, drop_gate: bool = False) 
     for a release and no id; only this library can load it.
 
     Args:
-        guard: Made for a named SAE, with the edit `refusal` or the edit `clamp` of active features.
+        guard: Made for a named SAE, with a `Refusal` or a `Clamp` of active features.
         path: File to write; the harness wants it to end in `.csv`.
         drop_gate: Write a guard with a sequence gate without it; the descriptions say so.
 
@@ -79,40 +81,41 @@ def write_steering_csv(guard: Named, path: str | Path, drop_gate: bool = False) 
     Raises:
         UserError: If the format cannot say what the guard does, or the guard's SAE is unknown.
     """
-    refusal = guard.edit == "refusal"
-    if guard.gate != "token" and not drop_gate:
+    gate, edit = guard.gate, guard.edit
+    if not isinstance(gate, OpenGate) and not drop_gate:
         raise UserError(
-            f"`gate` must be 'token', because a steering CSV edits every sequence, got "
-            f"{guard.gate!r}; pass drop_gate=True to leave the gate out."
+            f"`gate` must be {OpenGate.kind!r}, because a steering CSV edits every sequence, got "
+            f"{gate.kind!r}; pass drop_gate=True to leave the gate out."
         )
-    if not refusal and guard.clamp_scope == "all" and guard.num_selected > 1:
+    if isinstance(edit, Clamp) and edit.scope == "all" and guard.num_selected > 1:
         raise UserError(
-            "`clamp_scope` must be 'active', because a steering CSV writes a feature only where it "
-            "is active itself, got 'all'; use guard.replace(clamp_scope='active')."
+            "`scope` must be 'active', because a steering CSV writes a feature only where it is "
+            "active itself, got 'all'; use guard.replace(scope='active')."
         )
-    if not refusal and guard.trigger_limit > 0:
+    if isinstance(edit, Clamp) and edit.trigger_limit > 0:
         raise UserError(
             "`trigger_limit` must be 0, because a steering CSV clamps every activation above 0, "
-            f"got {guard.trigger_limit}; use guard.replace(trigger_limit=0.0)."
+            f"got {edit.trigger_limit}; use guard.replace(trigger_limit=0.0)."
         )
-    if guard.clamp_unit == "residual_norm" and guard.features.normalization != "none":
+    if edit.unit == "residual_norm" and guard.features.normalization != "none":
         raise UserError(
-            "`clamp_unit` must be 'activation', because a steering CSV writes one activation "
-            "whatever the token's norm, got 'residual_norm' with an SAE that rescales its input; "
-            "use guard.replace(clamp_unit='activation', clamp_value=...)."
+            "`unit` must be 'activation', because a steering CSV writes one activation whatever "
+            "the token's norm, got 'residual_norm' with an SAE that rescales its input; use "
+            "guard.replace(unit='activation', value=...)."
         )
     release, sae_id = _sae_name(guard)
-    known = guard.facts.get("steering_csv", {}).get("descriptions", {})
-    dropped = "" if guard.gate == "token" else f"{guard.gate} gate left out"
-    limit = [guard.refusal_id, _text(guard.trigger_limit)] if refusal else []
-    value = _text(guard.written_value)
+    descriptions = guard.facts.get("steering_csv", {}).get("descriptions", {})
+    dropped = "" if isinstance(gate, OpenGate) else f"{gate.kind} gate left out"
+    refusal = isinstance(edit, Refusal)
+    limit = [guard.refusal_id, _text(edit.trigger_limit)] if refusal else []
+    value = _text(edit.written_value)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = (*(_REFUSAL_COLUMNS if refusal else ()), *_SHARED_COLUMNS)
     writer.writerow(("latent_idx", "hook_action", *columns))
     action = "clamp_refusal" if refusal else "clamp"
     for feature_id in guard.feature_ids:
-        description = "; ".join(filter(None, (known.get(str(feature_id)), dropped)))
+        description = "; ".join(filter(None, (descriptions.get(str(feature_id)), dropped)))
         writer.writerow((feature_id, action, *limit, value, sae_id, release, description))
     return write_atomically(Path(path), file.getvalue())
 
@@ -125,7 +128,7 @@ def read_steering_csv(
     hook_point: str | None = None,
     reinterpret: bool = False,
 ) -> tuple[Features, dict[str, Any]]:
-    """The guard that a steering CSV describes, with the gate `token`.
+    """The guard that a steering CSV describes, with an `OpenGate`.
 
     Special tokens stay uncounted, as in every guard; `guard.replace(uncounted_ids=[])` edits them
     as the harness does.
@@ -147,12 +150,15 @@ def read_steering_csv(
     """
     table = _open(Path(path))
     refusal = _action(table, reinterpret=reinterpret) == "clamp_refusal"
-    ids, limit = table.integers("latent_idx"), 0.0
+    ids = table.integers("latent_idx")
     descriptions = dict(zip(map(str, ids), table.texts("description"), strict=True))
     value = table.one("steering_coefficient", table.numbers("steering_coefficient"))
     if refusal:
-        limit = table.one("clamp_value", table.numbers("clamp_value"))
         ids = [*ids, table.one("refuse_id", table.integers("refuse_id"))]
+        limit = table.one("clamp_value", table.numbers("clamp_value"))
+        edit = Refusal(value, trigger_limit=limit)
+    else:
+        edit = Clamp(value, "active")
     release, sae_id = (table.one(name, table.texts(name)) for name in ("sae_release", "sae_id"))
     place = _hook_point(table)
     if sae is None:
@@ -169,12 +175,8 @@ def read_steering_csv(
         "hook_point": hook_point,
         "uncounted_ids": uncounted_token_ids(tokenizer),
         "pad_id": pad_id if isinstance(pad_id, int) else None,
-        "threshold": 0.0,
-        "clamp_value": value,
-        "clamp_scope": "active",
-        "gate": "token",
-        "edit": "refusal" if refusal else "clamp",
-        "trigger_limit": limit,
+        "gate": OpenGate(),
+        "edit": edit,
         "facts": {
             "sae": describe_sae(sae),
             "steering_csv": {"sae": name, "descriptions": descriptions},

@@ -13,6 +13,8 @@ from dsg.guard.gate import DensityGate, Gate
 from dsg.intervals import Estimate
 from dsg.selection import calibrate_threshold, false_positive_rate
 
+# Its threshold plays no part in a statistic.
+_DENSITY = DensityGate(1.0)
 # Bounds the padded copy that gates other than the density need.
 _TEXTS_AT_ONCE = 256
 
@@ -60,14 +62,14 @@ class FirstFiring:
             token_mask: Counted tokens.
         """
         order = torch.arange(self.num_features, dtype=torch.int32, device=active.device)
-        ranks = torch.where(active, order, self.num_features).amin(-1)
+        ranks = torch.where(active, order, self.num_features).amin(-1)  # [batch, seq]
         token_mask = token_mask.to(active.device)
         texts = torch.stack([ids.long().cpu(), token_mask.sum(1).cpu()], dim=1)
         self._parts.append((texts.numpy(), ranks[token_mask].cpu().numpy().astype(self._dtype)))
 
     def densities(self, num_features: int | None = None) -> Float[Tensor, " texts"]:
         """Density (rho) of each text, float64; see `statistics`."""
-        return self.statistics(DensityGate(), num_features)
+        return self.statistics(_DENSITY, num_features)
 
     def statistics(self, gate: Gate, num_features: int | None = None) -> Float[Tensor, " texts"]:
         """The gate's statistic of each text in the order of the ids, float64.
@@ -94,8 +96,8 @@ class FirstFiring:
                 "leave the samplers alone (use_distributed_sampler: false)."
             )
         densities_only = isinstance(gate, DensityGate)
-        found = self._densities(n) if densities_only else self._statistics(n, gate)
-        return torch.from_numpy(np.concatenate([*found, np.zeros(0)])[ids.argsort()])
+        statistics = self._densities(n) if densities_only else self._statistics(n, gate)
+        return torch.from_numpy(np.concatenate([*statistics, np.zeros(0)])[ids.argsort()])
 
     def packed(self) -> tuple[Int[Tensor, "texts 2"], UInt8[Tensor, " bytes"]]:
         """Everything as tensors that every communication backend can carry."""
@@ -115,7 +117,7 @@ class FirstFiring:
             num_counted = texts[:, 1]
             ends = num_counted.cumsum()
             fired = np.concatenate([[0], (ranks < n).cumsum()])
-            yield (fired[ends] - fired[ends - num_counted]) / np.maximum(num_counted, 1)
+            yield (fired[ends] - fired[ends - num_counted]) / np.maximum(num_counted, 1)  # [texts]
 
     def _statistics(self, n: int, gate: Gate) -> Iterator[np.ndarray]:
         for texts, ranks in self._parts:
@@ -123,12 +125,17 @@ class FirstFiring:
             for first in range(0, len(texts), _TEXTS_AT_ONCE):
                 num_counted = texts[first : first + _TEXTS_AT_ONCE, 1]
                 start = ends[first] - num_counted[0]
-                counted = np.arange(max(1, num_counted.max())) < num_counted[:, None]
-                fired = np.zeros_like(counted)
+                counted = (
+                    np.arange(max(1, num_counted.max())) < num_counted[:, None]
+                )  # [texts, seq]
+                fired = np.zeros_like(counted)  # [texts, seq]
+                # Row by row, as the ranks lie.
                 fired[counted] = ranks[start : start + num_counted.sum()] < n
-                begin = gate.start(len(fired), torch.device("cpu"))
-                followed, _ = gate.follow(torch.from_numpy(fired), torch.from_numpy(counted), begin)
-                yield followed[:, -1].numpy()
+                # That any of the n fired is all that is known: they stand for one feature.
+                active = torch.from_numpy(fired)[..., None]  # [texts, seq, 1]
+                state = gate.start(len(fired), torch.device("cpu"))
+                statistic, _ = gate.follow(active, torch.from_numpy(counted), state)
+                yield statistic[:, -1].numpy()
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def sweep(
     heldout: FirstFiring,
     forget: FirstFiring,
     percentile: float = 95.0,
-    gate: Gate | None = None,
+    gate: Gate = _DENSITY,
 ) -> list[SweepPoint]:
     """Calibrate and check a gate for every number of features up to the selected ones.
 
@@ -162,21 +169,16 @@ def sweep(
         heldout: Retain texts that measure the false-positive rate.
         forget: Forget texts that took no part in the selection.
         percentile: See `calibrate_threshold`.
-        gate: None stands for the density.
+        gate: Makes the statistic; its own threshold plays no part.
 
     Raises:
         UserError: There is no calibration text, or `percentile` is out of range.
     """
-    gate = gate or DensityGate()
-    found = []
+    points = []
     for n in range(1, calibration.num_features + 1):
         threshold = calibrate_threshold(calibration.statistics(gate, n), percentile)
-        found.append(
-            SweepPoint(
-                n,
-                threshold,
-                false_positive_rate(heldout.statistics(gate, n), threshold),
-                false_positive_rate(forget.statistics(gate, n), threshold),
-            )
+        rates = (
+            false_positive_rate(texts.statistics(gate, n), threshold) for texts in (heldout, forget)
         )
-    return found
+        points.append(SweepPoint(n, threshold, *rates))
+    return points

@@ -110,9 +110,9 @@ def describe(model: PreTrainedModel, guard: Guard | None) -> dict[str, Any]:
     if guard is not None:
         found["guard"] = {
             "feature_ids": guard.feature_ids,
-            "gate": guard.gate,
+            "gate": guard.gate.kind,
             "threshold": guard.threshold,
-            "edit": guard.edit,
+            "edit": guard.edit.kind,
             "clamp_value": guard.clamp_value,
             **guard.facts,
         }

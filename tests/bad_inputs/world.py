@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import yaml
 
+from dsg.guard.edit import Clamp
+from dsg.guard.gate import DensityGate, OpenGate
 from dsg.guard.guard import Guard
 from dsg.sae.loading import slice_features
 from tests.choice_data import choice_rows, save_choice_model, write_rows
@@ -36,7 +38,7 @@ def write_world(folder: Path) -> Path:
     sae.save_model(folder / "sae")
     save_choice_model(folder / "other_model", seed=1)
     standard_sae(d_in=D_MODEL * 2).save_model(folder / "wide_sae")
-    _guard(sae, gate="token", threshold=1.0).save(folder / "token_guard")
+    _guard(sae, gate=OpenGate()).save(folder / "token_guard")
     _guard(sae).save(folder / "guard")
     write_rows(folder / "forget.jsonl", choice_rows(12, seed=1))
     write_rows(folder / "retain.jsonl", choice_rows(12, seed=2))
@@ -52,8 +54,8 @@ def _guard(sae: Any, **changes: Any) -> Guard:
         "hook_point": HOOK_POINT,
         "uncounted_ids": [0, 1, 2],
         "pad_id": 0,
-        "threshold": 0.5,
-        "clamp_value": -5.0,
+        "gate": DensityGate(0.5),
+        "edit": Clamp(-5.0),
         "facts": {"settings": {**GUARD, "method": "dsg"}},
         **changes,
     }

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dsg.cli.bench.dense import dense_clamp
-from dsg.guard import DensityGate, Write, apply_clamps, clamp_entries, decide, fired_tokens
+from dsg.guard import Clamp, DensityGate, apply_writes, decide
 from dsg.sae import Features, slice_features
 
 if TYPE_CHECKING:
@@ -73,11 +73,9 @@ def sliced(
         token_mask: Counted tokens.
     """
     feature_acts = features.encode(h)
-    fired = fired_tokens(feature_acts, token_mask)
-    prompt = torch.ones_like(token_mask)
-    positions, _ = decide(DensityGate(), fired, token_mask, prompt, THRESHOLD)
-    entries = clamp_entries(feature_acts, positions & token_mask, "all")
-    return apply_clamps(h, [Write(features, feature_acts, entries, CLAMP_VALUE)])
+    positions, _ = decide(DensityGate(THRESHOLD), feature_acts > 0, token_mask)
+    write = Clamp(CLAMP_VALUE).write(features, h, feature_acts, positions & token_mask)
+    return apply_writes(h, [write])
 
 
 def random_sae(d_in: int, d_sae: int, seed: int) -> "JumpReLUSAE":
@@ -163,7 +161,7 @@ def measure_edit(
     return EditCost(
         num_tokens=num_tokens,
         num_active=(sae.encode(h) > 0).sum(-1).double().mean().item(),
-        density=fired_tokens(features.encode(h), token_mask).sum().item() / (num_tokens - 1),
+        density=(features.encode(h)[token_mask] > 0).any(-1).double().mean().item(),
         dense_seconds=dense_seconds,
         sliced_seconds=sliced_seconds,
         ratio=dense_seconds / sliced_seconds,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dsg.cli.bench.edit import CLAMP_VALUE, FIRED_IN_TRIGGERED, THRESHOLD, random_sae
-from dsg.guard import Guard
+from dsg.guard import Clamp, DensityGate, Guard
 from dsg.lm import decoder_of, hidden_states, resolve_hook_point
 from dsg.sae import slice_features
 
@@ -135,8 +135,8 @@ def _guard_that_fires(sae: "JumpReLUSAE", h: Float[Tensor, "1 seq d_in"], fracti
         hook_point=_HOOK_POINT,
         uncounted_ids=[],
         pad_id=None,
-        threshold=THRESHOLD,
-        clamp_value=CLAMP_VALUE,
+        gate=DensityGate(THRESHOLD),
+        edit=Clamp(CLAMP_VALUE),
     )
 
 

@@ -82,9 +82,9 @@ class GuardedLM(_Base):
             {
                 "hook_point": guard.hook_point,
                 "feature_ids": guard.feature_ids,
-                "gate": guard.gate,
+                "gate": guard.gate.kind,
                 "threshold": guard.threshold,
-                "edit": guard.edit,
+                "edit": guard.edit.kind,
                 "clamp_value": guard.clamp_value,
             }
             for guard in guards

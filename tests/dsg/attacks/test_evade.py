@@ -6,7 +6,9 @@ import torch
 from dsg.attacks import Evade, Task
 from dsg.attacks.evade import soft_density
 from dsg.errors import UserError
+from dsg.guard.edit import Clamp
 from dsg.guard.forward import guarded
+from dsg.guard.gate import DensityGate, OpenGate
 from dsg.guard.guard import Guard
 from dsg.lm.tokens import TokenBatch
 from dsg.sae.features import FeatureSlice
@@ -23,7 +25,12 @@ from tests.helpers import (
 
 
 def guard_of(features, **changes) -> Guard:
-    settings = {"uncounted_ids": [2], "pad_id": 0, "threshold": 0.1, "clamp_value": -5.0}
+    settings = {
+        "uncounted_ids": [2],
+        "pad_id": 0,
+        "gate": DensityGate(0.1),
+        "edit": Clamp(-5.0),
+    }
     return Guard(features, hook_point=HOOK_POINT, **{**settings, **changes})
 
 
@@ -102,7 +109,7 @@ def test_the_total_is_the_task_plus_the_weighted_density(model):
 
 
 def test_the_stream_is_read_before_a_guard_in_the_loop_edits_it(model):
-    guard, batch = guard_of(slice_features(standard_sae(), [0, 1]), gate="token"), batch_of()
+    guard, batch = guard_of(slice_features(standard_sae(), [0, 1]), gate=OpenGate()), batch_of()
     seen = {}
     for name, attached in (("plain", None), ("guarded", guard)):
         with guarded(model, attached) as forward:

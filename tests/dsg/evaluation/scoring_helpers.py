@@ -3,6 +3,8 @@
 import torch
 
 from dsg.evaluation.items import Passage, Question
+from dsg.guard.edit import Clamp
+from dsg.guard.gate import DensityGate
 from dsg.guard.guard import Guard
 from dsg.lm.tokens import padding_id, uncounted_token_ids
 from dsg.sae.loading import slice_features
@@ -60,6 +62,6 @@ def tiny_guard(model, tokenizer, threshold: float, clamp_value: float = -30.0) -
         hook_point=HOOK_POINT,
         uncounted_ids=uncounted_token_ids(tokenizer),
         pad_id=padding_id(tokenizer),
-        threshold=threshold,
-        clamp_value=clamp_value,
+        gate=DensityGate(threshold),
+        edit=Clamp(clamp_value),
     )

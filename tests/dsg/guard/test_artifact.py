@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 
@@ -8,19 +9,20 @@ from safetensors.torch import save_file
 
 from dsg.errors import UserError
 from dsg.guard.artifact import SETTINGS_FILE, TENSORS_FILE
+from dsg.guard.edit import Clamp, Refusal
+from dsg.guard.gate import CusumGate, DensityGate, OpenGate, WindowGate
 from dsg.guard.guard import Guard
-from tests.guard_reference import make_guard
-from tests.helpers import jumprelu_sae, random_ids, tiny_model
+from dsg.sae.loading import slice_features
+from tests.guard_reference import FEATURES, make_guard
+from tests.helpers import HOOK_POINT, jumprelu_sae, random_ids, tiny_model
 
 
 @pytest.fixture
 def saved(tmp_path):
     guard = make_guard(
         jumprelu_sae(),
-        threshold=1 / 3,
-        clamp_scope="active",
-        clamp_unit="residual_norm",
-        residual_norm=3.1,
+        gate=DensityGate(1 / 3),
+        edit=Clamp(-20.0, "active", unit="residual_norm", residual_norm=3.1),
         facts={"model": "tiny", "scores": (1.5, 2), "by_id": {3: 0.5, 12: 1}},
     )
     guard.save(tmp_path / "bio")
@@ -32,7 +34,7 @@ def test_round_trip_is_exact(saved):
     loaded = Guard.load(folder)
     for name, tensor in guard.named_buffers():
         assert torch.equal(loaded.get_buffer(name), tensor), name
-    for name in ("hook_point", "pad_id", "clamp_scope", "clamp_unit", "residual_norm", "gate"):
+    for name in ("hook_point", "pad_id", "gate", "edit"):
         assert getattr(loaded, name) == getattr(guard, name)
     assert loaded.facts == {"model": "tiny", "scores": [1.5, 2], "by_id": {"3": 0.5, "12": 1}}
     assert loaded.uncounted_ids == [0, 1, 2]
@@ -87,8 +89,8 @@ def test_truncated_files(saved):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda header: header["settings"].update(threshold=0.99),
-        lambda header: header["settings"].update(clamp_value=0.0),
+        lambda header: header["settings"]["gate"].update(threshold=0.99),
+        lambda header: header["settings"]["edit"].update(value=0.0),
         lambda header: header["settings"].pop("gate"),
         lambda header: header.pop("sha256"),
         lambda header: header.update(tensors_sha256="0" * 64),
@@ -106,8 +108,8 @@ def test_altered_settings(saved, change):
 def test_foreign_and_newer_formats(saved):
     _, folder = saved
     header = json.loads((folder / SETTINGS_FILE).read_text())
-    (folder / SETTINGS_FILE).write_text(json.dumps({**header, "format_version": 3}))
-    with pytest.raises(UserError, match="must have format_version 2, got 3; load it with"):
+    (folder / SETTINGS_FILE).write_text(json.dumps({**header, "format_version": 4}))
+    with pytest.raises(UserError, match="must have format_version 2 or 3, got 4; load it with"):
         Guard.load(folder)
     for foreign in ('{"format": "other"}', "[1]"):
         (folder / SETTINGS_FILE).write_text(foreign)
@@ -115,12 +117,112 @@ def test_foreign_and_newer_formats(saved):
             Guard.load(folder)
 
 
-def resealed(folder, tensors, **settings):
-    """A folder whose hashes are right although its contents make no sense."""
-    from dsg.guard.artifact import write_artifact
+def seal(folder, header):
+    """Write a header with the digest that belongs to it."""
+    header.pop("sha256", None)
+    canonical = json.dumps(header, sort_keys=True, separators=(",", ":"))
+    header["sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
+    (folder / SETTINGS_FILE).write_text(json.dumps(header))
 
+
+def resealed(folder, tensors=None, **settings):
+    """A folder whose hashes are right although its contents make no sense."""
     header = json.loads((folder / SETTINGS_FILE).read_text())
-    write_artifact(folder, tensors, {**header["settings"], **settings})
+    if tensors is not None:
+        save_file(tensors, folder / TENSORS_FILE)
+        blob = (folder / TENSORS_FILE).read_bytes()
+        header["tensors_sha256"] = hashlib.sha256(blob).hexdigest()
+    for name, value in settings.items():
+        part, _, field = name.partition("__")
+        if field:
+            header["settings"][part][field] = value
+        else:
+            header["settings"][name] = value
+    seal(folder, header)
+
+
+VERSION_2 = {
+    "hook_point": HOOK_POINT,
+    "uncounted_ids": [0, 1, 2],
+    "pad_id": 0,
+    "threshold": 0.25,
+    "clamp_value": -20.0,
+    "clamp_scope": "all",
+    "clamp_unit": "activation",
+    "residual_norm": 3.1,
+    "gate": "density",
+    "window_size": None,
+    "leak": None,
+    "edit": "clamp",
+    "trigger_limit": 0.5,
+    "encoder": {"kind": "slice", "normalization": "none"},
+    "model": None,
+    "facts": {"x": 1},
+}
+SHARED = {"residual_norm": 3.1, "trigger_limit": 0.5}
+
+
+def in_version_2(folder, **changes):
+    """A guard as it was written when gate and edit were names beside their numbers."""
+    folder.mkdir()
+    save_file(slice_features(jumprelu_sae(), FEATURES).state_dict(), folder / TENSORS_FILE)
+    header = {
+        "format": "dynamic-sae-guardrails",
+        "format_version": 2,
+        "tensors_sha256": hashlib.sha256((folder / TENSORS_FILE).read_bytes()).hexdigest(),
+        "settings": {**VERSION_2, **changes},
+    }
+    seal(folder, header)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "gate", "edit"),
+    [
+        ({}, DensityGate(0.25), Clamp(-20.0, **SHARED)),
+        (
+            {"gate": "window", "window_size": 3, "clamp_scope": "active"},
+            WindowGate(0.25, 3),
+            Clamp(-20.0, "active", **SHARED),
+        ),
+        (
+            {"gate": "cusum", "leak": 0.25, "threshold": 2.0, "clamp_unit": "residual_norm"},
+            CusumGate(2.0, 0.25),
+            Clamp(-20.0, unit="residual_norm", **SHARED),
+        ),
+        ({"gate": "token", "edit": "refusal"}, OpenGate(), Refusal(-20.0, **SHARED)),
+    ],
+)
+def test_version_2_still_loads_and_is_saved_anew(tmp_path, changes, gate, edit):
+    loaded = Guard.load(in_version_2(tmp_path / "old", **changes))
+    assert (loaded.gate, loaded.edit) == (gate, edit)
+    assert (loaded.hook_point, loaded.uncounted_ids, loaded.pad_id) == (HOOK_POINT, [0, 1, 2], 0)
+    assert loaded.facts == {"x": 1}
+    made = make_guard(jumprelu_sae(), gate=gate, edit=edit)
+    model, ids = tiny_model(), random_ids(3, 6)
+    outputs = []
+    loaded.save(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / SETTINGS_FILE).read_text())["format_version"] == 3
+    for guard in (made, loaded, Guard.load(tmp_path / "new")):
+        with guard.attached(model):
+            outputs.append(model(ids).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate": "windw"}, "`gate` must be one of"),
+        ({"gate": "window"}, "`size` must be at least 1, got None"),
+        ({"threshold": 1.5}, "`threshold` must be a density"),
+        ({"clamp_value": "-500.0"}, "`value` must be a finite number, got '-500.0'"),
+        ({"edit": None}, "`edit` must be one of"),
+    ],
+)
+def test_version_2_is_checked_too(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        Guard.load(in_version_2(tmp_path / "old", **changes))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +242,8 @@ def test_contents_are_checked_behind_correct_hashes(saved, name, value, message)
 
 
 def test_settings_are_checked_behind_correct_hashes(saved):
-    guard, folder = saved
-    resealed(folder, dict(guard.features.named_buffers()), threshold=2.0)
+    _, folder = saved
+    resealed(folder, gate__threshold=2.0)
     with pytest.raises(UserError, match="`threshold` must be a density"):
         Guard.load(folder)
 
@@ -184,22 +286,26 @@ def test_settings_that_are_hardly_json(saved, text):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("clamp_value", "-500.0"),
-        ("clamp_value", None),
-        ("clamp_value", [1.0]),
-        ("clamp_value", True),
-        ("threshold", "0.5"),
-        ("threshold", None),
-        ("residual_norm", "3"),
-        ("trigger_limit", {}),
+        ("edit__value", "-500.0"),
+        ("edit__value", None),
+        ("edit__value", [1.0]),
+        ("edit__value", True),
+        ("gate__threshold", "0.5"),
+        ("gate__threshold", None),
+        ("edit__residual_norm", "3"),
+        ("edit__trigger_limit", {}),
         ("hook_point", 3),
         ("uncounted_ids", "abc"),
         ("uncounted_ids", [0.5]),
         ("uncounted_ids", 7),
         ("pad_id", "0"),
         ("gate", 1),
-        ("window_size", "8"),
-        ("leak", [0.1]),
+        ("gate", {"kind": []}),
+        ("gate", {"kind": "window", "threshold": 0.5}),
+        ("gate", {"kind": "window", "threshold": 0.5, "size": "8"}),
+        ("gate", {"kind": "cusum", "threshold": 0.5, "leak": [0.1]}),
+        ("gate", {"kind": "token", "threshold": 0.5}),
+        ("edit", {"kind": "clamp", "value": -1.0, "strength": 2}),
         ("facts", [1]),
         ("model", {"name": "x"}),
         ("model", [1]),
@@ -208,9 +314,12 @@ def test_settings_that_are_hardly_json(saved, text):
     ],
 )
 def test_settings_of_another_kind_are_refused_by_name(saved, name, value):
-    guard, folder = saved
-    resealed(folder, dict(guard.features.named_buffers()), **{name: value})
-    wanted = {"encoder": "fit its encoder|`normalization` must be one of"}.get(name, f"`{name}`")
+    _, folder = saved
+    resealed(folder, **{name: value})
+    wanted = {
+        "encoder": "fit its encoder|`normalization` must be one of",
+        "gate": "`(gate|size|leak)` must",
+    }.get(name, f"`{name.rpartition('__')[2]}` must")
     with pytest.raises(UserError, match=wanted):
         Guard.load(folder)
 

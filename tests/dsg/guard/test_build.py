@@ -68,7 +68,7 @@ def test_facts_tell_how_it_was_made(guard):
     assert facts["calibration"]["n"] == facts["texts"]["retain_calibration"]["n"]
     assert facts["sae"]["architecture"] == "jumprelu"
     assert facts["versions"]["torch"] == torch.__version__
-    assert facts["mean_residual_norm"] == guard.residual_norm > 0
+    assert facts["mean_residual_norm"] == guard.edit.residual_norm > 0
     assert len(facts["selection"]["forget_scores"]) == 3
     forget, _ = split_by_hash(FORGET, (0.75, 0.25))
     assert facts["texts"]["forget_selection"]["sha256"] == texts_digest(reversed(forget))

@@ -17,7 +17,7 @@ MODEL = tiny_model(attn_implementation="sdpa").double()
 PROMPTS = [random_ids(1, 3 + n % 4, seed=n)[0].tolist() for n in range(60)]
 NEW_TOKENS = 6
 OPTIONS = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
-GUARD = make_guard(SAE, [7], threshold=0.5, clamp_value=-9.0)
+GUARD = make_guard(SAE, [7], threshold=0.5, value=-9.0)
 
 
 def num_hooks(model=MODEL):

@@ -64,7 +64,7 @@ class Case:
 def known(request):
     family = next(family for family in FAMILIES if family.name == request.param)
     model = build(family)
-    guard = make_guard(SAE, list(range(12)), threshold=0.0, clamp_value=-9.0)
+    guard = make_guard(SAE, list(range(12)), threshold=0.0, value=-9.0)
     layer = family.layer(model, 1)
     tokens = [greedy(layer, model, SAE, guard, ids, NEW_TOKENS) for ids in IDS.tolist()]
     plain = logits(model)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dsg.guard.edit import Refusal
+from dsg.guard.gate import CusumGate, OpenGate, WindowGate
 from dsg.lm.tokens import pad_sequences
 from tests.guard_reference import UNCOUNTED, greedy, make_guard, reference
 from tests.helpers import SAE_BUILDERS, random_ids, tiny_model
@@ -17,13 +19,13 @@ PROMPTS = [
     for n in range(NUM_PROMPTS)
 ]
 GUARDS = [
-    ("standard", {"gate": "density", "threshold": 0.55}),
-    ("gated", {"gate": "window", "window_size": 3, "threshold": 0.7}),
-    ("jumprelu", {"gate": "cusum", "leak": 0.5, "threshold": 1.0}),
-    ("topk", {"gate": "density", "threshold": 0.3}),
-    ("matching_pursuit", {"gate": "density", "threshold": 0.2, "clamp_scope": "active"}),
-    ("standard", {"gate": "density", "threshold": 0.3, "edit": "refusal"}),
-    ("jumprelu", {"gate": "token"}),
+    ("standard", {"threshold": 0.55}),
+    ("gated", {"gate": WindowGate(0.7, 3)}),
+    ("jumprelu", {"gate": CusumGate(1.0, 0.5)}),
+    ("topk", {"threshold": 0.3}),
+    ("matching_pursuit", {"threshold": 0.2, "scope": "active"}),
+    ("standard", {"threshold": 0.3, "edit": Refusal(-9.0)}),
+    ("jumprelu", {"gate": OpenGate()}),
 ]
 
 
@@ -46,7 +48,7 @@ def test_two_hundred_prompts_generate_the_tokens_of_the_reference():
         rows = PROMPTS[start : start + 25]
         architecture, settings = GUARDS[start // 25 % len(GUARDS)]
         sae = SAE_BUILDERS[architecture](dtype="float64")
-        guard = make_guard(sae, clamp_value=-9.0, **settings)
+        guard = make_guard(sae, value=-9.0, **settings)
         found, _ = generate(MODEL, guard, rows, "prompt" if start % 2 else "sequence")
         for ids, new in zip(rows, found, strict=True):
             expected, turned_on = greedy(MODEL, sae, guard, ids, NEW_TOKENS, EOS)
@@ -60,7 +62,7 @@ def test_two_hundred_prompts_generate_the_tokens_of_the_reference():
 @pytest.mark.parametrize(("architecture", "settings"), GUARDS)
 def test_scoring_a_continuation_gives_the_logits_of_generating_it(architecture, settings):
     sae = SAE_BUILDERS[architecture](dtype="float64")
-    guard = make_guard(sae, clamp_value=-9.0, **settings)
+    guard = make_guard(sae, value=-9.0, **settings)
     ids = random_ids(8, 10, seed=4)
     prompt_mask = torch.arange(10)[None].expand_as(ids) < 4
     with guard.attached(MODEL, "prompt") as attachment, torch.no_grad():
@@ -82,7 +84,7 @@ def test_a_clamp_changes_logits_at_prefill_and_at_each_step():
     sae = SAE_BUILDERS["standard"](dtype="float64")
     # A feature that is active on every token, so that every position is written.
     ids = random_ids(3, 8, seed=1)
-    guard = make_guard(sae, list(range(24)), threshold=0.0, clamp_value=-9.0)
+    guard = make_guard(sae, list(range(24)), threshold=0.0, value=-9.0)
 
     def step_by_step():
         with torch.no_grad():
@@ -102,8 +104,8 @@ def test_a_clamp_changes_logits_at_prefill_and_at_each_step():
 def test_float32_generation_agrees_by_logits():
     model = tiny_model(attn_implementation="sdpa")
     sae32, sae64 = (SAE_BUILDERS["standard"](dtype=dtype) for dtype in ("float32", "float64"))
-    guard = make_guard(sae32, threshold=0.5, clamp_value=-9.0)
-    exact = make_guard(sae64, threshold=0.5, clamp_value=-9.0)
+    guard = make_guard(sae32, threshold=0.5, value=-9.0)
+    exact = make_guard(sae64, threshold=0.5, value=-9.0)
     rows = PROMPTS[:20]
     batch = pad_sequences(rows, 0, UNCOUNTED, "left")
     with guard.attached(model, "prompt"):
@@ -127,7 +129,9 @@ def test_float32_generation_agrees_by_logits():
 
 def test_a_sequence_of_special_tokens_is_never_triggered():
     for architecture, settings in GUARDS:
-        guard = make_guard(SAE_BUILDERS[architecture](), **{**settings, "threshold": 0.0})
+        guard = make_guard(SAE_BUILDERS[architecture](), **settings)
+        if not isinstance(guard.gate, OpenGate):
+            guard = guard.replace(threshold=0.0)
         ids = torch.tensor([[2, 0, 1], [2, 5, 1]])
         mask = torch.ones_like(ids)
         model = tiny_model()

@@ -1,9 +1,14 @@
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsg.errors import UserError
+from dsg.guard.edit import Clamp, Refusal
+from dsg.guard.gate import CusumGate, DensityGate, OpenGate, WindowGate
+from dsg.guard.guard import Guard
 from dsg.lm.tokens import pad_sequences
 from tests.guard_reference import UNCOUNTED, make_guard, reference
 from tests.helpers import SAE_BUILDERS, random_ids, standard_sae, tiny_model
@@ -16,18 +21,27 @@ SEQUENCES = st.lists(st.lists(st.integers(1, 29), min_size=1, max_size=7), min_s
 
 
 def test_public_attributes():
-    guard = make_guard(SAE, threshold=0.25, gate="token")
+    guard = make_guard(SAE, gate=WindowGate(0.25, 4))
     assert (guard.feature_ids, guard.threshold, guard.clamp_value) == ([3, 0, 7], 0.25, -20.0)
-    assert (guard.hook_point, guard.gate) == ("blocks.1.hook_resid_post", "token")
+    assert (guard.hook_point, guard.pad_id) == ("blocks.1.hook_resid_post", 0)
+    assert (guard.uncounted_ids, guard.refusal_id) == (UNCOUNTED, None)
     assert list(guard.parameters()) == []
 
 
 def test_replace_shares_tensors_and_keeps_the_rest():
     guard = make_guard(SAE, facts={"a": 1})
-    other = guard.replace(clamp_value=-5.0)
-    assert other.clamp_value == -5.0
+    other = guard.replace(value=-5.0, scope="active", pad_id=None)
+    assert other.edit == Clamp(-5.0, "active")
     assert other.features is guard.features
-    assert (other.threshold, other.facts, guard.clamp_value) == (guard.threshold, {"a": 1}, -20.0)
+    assert (other.gate, other.facts, other.pad_id) == (guard.gate, {"a": 1}, None)
+    assert (guard.edit, guard.pad_id) == (Clamp(-20.0), 0)
+    assert guard.replace(gate=CusumGate(1.0, 0.5), threshold=2.0).gate == CusumGate(2.0, 0.5)
+    with pytest.raises(TypeError, match="size"):
+        guard.replace(size=4)
+
+
+def test_a_guard_takes_at_most_ten_arguments():
+    assert len(inspect.signature(Guard).parameters) <= 10
 
 
 def test_threshold_survives_a_cast_to_bfloat16():
@@ -39,17 +53,17 @@ def test_threshold_survives_a_cast_to_bfloat16():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"threshold": 1.5},
-            r"`threshold` must be a density in \[0, 1\] for the gate 'density', got 1.5",
-        ),
-        ({"threshold": float("nan")}, "`threshold` must be a density"),
-        ({"clamp_value": float("inf")}, "`clamp_value` must be a finite number"),
-        ({"clamp_scope": "some"}, r"`clamp_scope` must be one of \['all', 'active'\], got 'some'"),
-        ({"clamp_unit": "norms"}, "`clamp_unit` must be one of"),
-        ({"gate": "open"}, "`gate` must be one of"),
-        ({"clamp_unit": "residual_norm"}, "`residual_norm` must be given for clamp_unit"),
+        ({"threshold": 1.5}, r"`threshold` must be a density in \[0, 1\] .* 'density', got 1.5"),
+        ({"value": float("inf")}, "`value` must be a finite number"),
+        ({"scope": "some"}, r"`scope` must be one of \['all', 'active'\], got 'some'"),
+        ({"unit": "norms"}, "`unit` must be one of"),
+        ({"unit": "residual_norm"}, "`residual_norm` must be given for the unit"),
         ({"residual_norm": 0.0}, "`residual_norm` must be finite and above 0"),
+        ({"trigger_limit": -1.0}, "`trigger_limit` must be finite and at least 0, got -1.0"),
+        ({"feature_ids": [3], "edit": Refusal(-5.0)}, "`features` must be selected ones and last"),
+        ({"hook_point": 3}, "`hook_point` must be a name, got 3"),
+        ({"uncounted_ids": [0.5]}, "`uncounted_ids` must be a list of token ids"),
+        ({"facts": [1]}, "`facts` must be a mapping"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -92,7 +106,7 @@ def test_density_takes_an_explicit_token_mask():
 
 def test_density_is_of_the_unedited_model_even_while_guards_are_attached():
     deep = make_guard(SAE)
-    early = make_guard(SAE, hook_point="blocks.0.hook_resid_post", threshold=0.0, gate="token")
+    early = make_guard(SAE, hook_point="blocks.0.hook_resid_post", gate=OpenGate())
     ids = random_ids(3, 6)
     expected = deep.density(MODEL, ids)
     with early.attached(MODEL) as attachment:
@@ -114,19 +128,19 @@ SAES64 = {
     for normalization in NORMALIZATIONS
 }
 GATES = [
-    {"gate": "density"},
-    {"gate": "token"},
-    {"gate": "window", "window_size": 2},
-    {"gate": "window", "window_size": 5},
-    {"gate": "cusum", "leak": 0.25},
-    {"gate": "cusum", "leak": 0.6},
+    DensityGate,
+    lambda _: OpenGate(),
+    lambda threshold: WindowGate(threshold, 2),
+    lambda threshold: WindowGate(threshold, 5),
+    lambda threshold: CusumGate(threshold, 0.25),
+    lambda threshold: CusumGate(threshold, 0.6),
 ]
 EDITS = [
-    {"clamp_scope": "all"},
-    {"clamp_scope": "active"},
-    {"clamp_scope": "active", "trigger_limit": 0.5},
-    {"edit": "refusal"},
-    {"edit": "refusal", "trigger_limit": 0.5},
+    Clamp(-4.0, "all"),
+    Clamp(-4.0, "active"),
+    Clamp(-4.0, "active", trigger_limit=0.5),
+    Refusal(-4.0),
+    Refusal(-4.0, trigger_limit=0.5),
 ]
 
 
@@ -144,15 +158,7 @@ def test_guarded_logits_equal_a_brute_force_full_decode(
     sequences, side, edit, unit, gate, threshold, sae_name
 ):
     sae = SAES64[sae_name]
-    guard = make_guard(
-        sae,
-        clamp_unit=unit,
-        threshold=threshold,
-        residual_norm=3.0,
-        clamp_value=-4.0,
-        **edit,
-        **gate,
-    )
+    guard = make_guard(sae, gate=gate(threshold), edit=edit, unit=unit, residual_norm=3.0)
     batch = pad_sequences(sequences, 0, UNCOUNTED, side)
     with guard.attached(MODEL64) as attachment, torch.no_grad():
         logits = MODEL64(**batch.model_inputs()).logits
@@ -167,7 +173,7 @@ def test_guarded_logits_equal_a_brute_force_full_decode(
 @settings(max_examples=25, deadline=None)
 @given(SEQUENCES, st.sampled_from(["left", "right"]))
 def test_float32_logits_do_not_depend_on_the_batch(sequences, side):
-    guard = make_guard(SAE, clamp_value=-500.0)
+    guard = make_guard(SAE, value=-500.0)
     batch = pad_sequences([*sequences, [6] * 9], 0, UNCOUNTED, side)
     with guard.attached(MODEL), torch.no_grad():
         together = MODEL(**batch.model_inputs()).logits
@@ -177,28 +183,14 @@ def test_float32_logits_do_not_depend_on_the_batch(sequences, side):
             torch.testing.assert_close(together[row][real], alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({}, "gate density > 0.3, clamp all to -20)"),
-        ({"gate": "window", "window_size": 8}, "gate window of 8 tokens > 0.3, clamp all to -20)"),
-        (
-            {"gate": "cusum", "leak": 0.25, "threshold": 2.0, "clamp_scope": "active"},
-            "gate cusum with leak 0.25 > 2, clamp active to -20)",
-        ),
-        ({"gate": "token", "edit": "refusal"}, "no gate, refusal feature 7 to -20)"),
-        (
-            {"clamp_unit": "residual_norm", "residual_norm": 3.0, "clamp_value": -0.5},
-            "gate density > 0.3, clamp all to -0.5 residual norms)",
-        ),
-    ],
-)
-def test_a_guard_reads_in_one_line(changes, text):
-    ids = "2 features [3, 0]" if "edit" in changes else "3 features [3, 0, 7]"
-    assert repr(make_guard(SAE, **changes)) == f"Guard({ids} at blocks.1.hook_resid_post, {text}"
+def test_a_guard_reads_as_its_parts():
+    assert repr(make_guard(SAE, gate=WindowGate(0.3, 8), edit=Refusal(-0.5))) == (
+        "Guard(2 features [3, 0] at blocks.1.hook_resid_post, WindowGate(threshold=0.3, size=8), "
+        "Refusal(value=-0.5, unit='activation', residual_norm=None, trigger_limit=0.0))"
+    )
+    assert ", OpenGate(), Clamp(" in repr(make_guard(SAE, gate=OpenGate()))
 
 
 def test_the_line_of_many_features_stays_short():
     text = repr(make_guard(SAE, list(range(20))))
     assert text.startswith("Guard(20 features [0, 1, 2, 3, 4, 5, 6, 7, ...] at blocks.1")
-    assert len(text) < 160

@@ -72,7 +72,7 @@ def test_models_that_embed_ids_themselves_are_guarded():
 
 def test_prompt_defaults_to_everything_and_tolerates_padding():
     counted = torch.tensor([[False, True, True, True], [True, True, True, False]])
-    assert inputs(IDS).prompt(counted).all()
+    assert inputs(IDS).prompt(counted) is None
     mask = torch.tensor([[False, True, False, False], [True, False, False, True]])
     assert torch.equal(inputs(IDS, given={"prompt_mask": mask}).prompt(counted), mask)
     behind = torch.tensor([[False, False, True, True], [True, True, True, True]])

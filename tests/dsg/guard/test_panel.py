@@ -27,9 +27,9 @@ def guard_at(layer, feature_ids, quantile=0.5, **changes):
 
 
 GUARDS = [
-    guard_at(2, [5, 9], clamp_value=-6.0),
-    guard_at(1, [12, 3], clamp_value=-4.0),
-    guard_at(1, [3, 20], 0.6, clamp_value=-5.0),
+    guard_at(2, [5, 9], value=-6.0),
+    guard_at(1, [12, 3], value=-4.0),
+    guard_at(1, [3, 20], 0.6, value=-5.0),
 ]
 
 
@@ -135,7 +135,7 @@ def test_an_untriggered_stack_is_bit_identical_to_no_guard():
 
 def test_downstream_guards_read_the_edited_stream():
     # The upstream edit destroys what the downstream guard looks for, or makes it up.
-    upstream = guard_at(1, [0, 3, 7], 0.0, clamp_value=-200.0).replace(threshold=0.0)
+    upstream = guard_at(1, [0, 3, 7], 0.0, value=-200.0).replace(threshold=0.0)
     alone = run([GUARDS[0]])[1].decisions[0]
     behind = run([GUARDS[0], upstream])[1].decisions[0]
     assert not torch.equal(alone, behind)
@@ -154,7 +154,7 @@ def test_generation_follows_guards_of_two_layers():
 
 
 def test_checkpointing_hears_only_the_layers_before():
-    guards = [guard.replace(clamp_value=-3.0) for guard in GUARDS]
+    guards = [guard.replace(value=-3.0) for guard in GUARDS]
     with GuardStack(guards, "majority").attached(MODEL):
         expected = torch.autograd.grad(MODEL(IDS, labels=IDS).loss, list(MODEL.parameters()))
         MODEL.train()

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dsg.errors import UserError
-from dsg.guard.build import build_guard
-from dsg.guard.making import GuardBuilder
+from dsg.guard.build import GuardBuilder, build_guard
+from dsg.guard.edit import Clamp, Refusal
+from dsg.guard.gate import DensityGate, OpenGate, WindowGate
 from dsg.guard.recipes import GuardSettings
 from dsg.selection.splits import FORGET_FRACTIONS, split_by_hash
 from tests.helpers import HOOK_POINT, standard_sae
@@ -52,8 +53,10 @@ def test_dsg_is_what_build_guard_builds(model, tokenizer, make):
     guard = make()
     assert guard.feature_ids == expected.feature_ids
     assert guard.threshold == expected.threshold
-    assert guard.residual_norm == pytest.approx(expected.residual_norm)
-    assert (guard.gate, guard.clamp_scope, guard.clamp_value) == ("density", "all", -30.0)
+    norm = guard.edit.residual_norm
+    assert norm == pytest.approx(expected.edit.residual_norm)
+    assert isinstance(guard.gate, DensityGate)
+    assert guard.edit == Clamp(-30.0, "all", residual_norm=norm)
     assert guard.facts["false_positive_rate"] == expected.facts["false_positive_rate"]
     for name, buffer in expected.features.named_buffers():
         assert torch.equal(guard.features.get_buffer(name), buffer)
@@ -81,13 +84,13 @@ def test_a_threshold_that_cannot_be_chosen(make, changes):
 def test_static_clamp_is_dsg_without_its_gate(make):
     dsg, static = make(), make(method="static_clamp")
     assert static.feature_ids == dsg.feature_ids
-    assert (static.gate, static.clamp_scope) == ("token", "all")
+    assert (static.gate, static.edit.scope) == (OpenGate(), "all")
 
 
 def test_farrell_selects_by_frequency_and_clamps_active_features(make):
     farrell = make(method="farrell", max_retain_frequency=0.5)
     assert farrell.feature_ids != make().feature_ids
-    assert (farrell.gate, farrell.clamp_scope) == ("token", "active")
+    assert (farrell.gate, farrell.edit.scope) == (OpenGate(), "active")
 
 
 def test_random_features_share_none_with_dsg_and_have_their_own_threshold(make):
@@ -96,6 +99,17 @@ def test_random_features_share_none_with_dsg_and_have_their_own_threshold(make):
     for guard in draws:
         assert len(guard.feature_ids) == 3
         assert not set(guard.feature_ids) & set(dsg.feature_ids)
-        assert guard.gate == "density"
+        assert isinstance(guard.gate, DensityGate)
     assert len({tuple(guard.feature_ids) for guard in draws}) > 1
     assert {guard.threshold for guard in draws} != {dsg.threshold}
+
+
+def test_flat_settings_become_the_parts(make):
+    window = make(gate="window", window_size=3, clamp_scope="active", trigger_limit=0.1)
+    assert window.gate == WindowGate(window.threshold, 3)
+    norm = window.edit.residual_norm
+    assert window.edit == Clamp(-30.0, "active", residual_norm=norm, trigger_limit=0.1)
+    refusal = make(method="refusal_clamp", max_retain_frequency=1.0, clamp_unit="residual_norm")
+    assert refusal.gate == OpenGate()
+    assert refusal.edit == Refusal(-30.0, unit="residual_norm", residual_norm=norm)
+    assert refusal.refusal_id not in refusal.feature_ids

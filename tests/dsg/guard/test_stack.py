@@ -48,9 +48,9 @@ def brute_force(guards):
 
 def test_overlapping_guards_equal_brute_force_and_decide_independently():
     guards = [
-        split_guard([0, 3, 7], clamp_value=-20.0),
-        split_guard([3, 9], clamp_value=-5.0),
-        split_guard([7, 11, 0], clamp_value=-9.0),
+        split_guard([0, 3, 7], value=-20.0),
+        split_guard([3, 9], value=-5.0),
+        split_guard([7, 11, 0], value=-9.0),
     ]
     decisions = [guard.density(MODEL, IDS) > guard.threshold for guard in guards]
     patterns = {tuple(bool(d[row]) for d in decisions) for row in range(len(IDS))}

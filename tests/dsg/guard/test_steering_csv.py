@@ -6,6 +6,8 @@ import torch
 
 import dsg
 from dsg.errors import UserError
+from dsg.guard.edit import Clamp, Refusal
+from dsg.guard.gate import OpenGate
 from dsg.guard.guard import Guard
 from tests.guard_reference import LAYER, UNCOUNTED, make_guard
 from tests.helpers import BOS, HOOK_POINT, PAD, random_ids, standard_sae, tiny_model
@@ -77,16 +79,14 @@ def test_the_papers_files_come_back_byte_for_byte(tmp_path, text):
 def test_clamp_prime_is_an_open_clamp_of_active_features(tmp_path):
     guard = imported(written(tmp_path, CLAMP_PRIME), WIDE_SAE)
     assert guard.feature_ids == [11766, 9723, 4788, 1709, 9186]
-    assert (guard.gate, guard.edit, guard.clamp_scope) == ("token", "clamp", "active")
-    assert (guard.clamp_value, guard.trigger_limit, guard.refusal_id) == (-300.0, 0.0, None)
+    assert (guard.gate, guard.edit) == (OpenGate(), Clamp(-300.0, "active"))
     assert (guard.hook_point, guard.uncounted_ids, guard.pad_id) == (HOOK_POINT, UNCOUNTED, PAD)
 
 
 def test_refusal_clamp_writes_another_feature_above_the_limit(tmp_path):
     guard = imported(written(tmp_path, REFUSAL_CLAMP), WIDE_SAE)
     assert (guard.feature_ids, guard.refusal_id) == (TRIGGERS, 15864)
-    assert (guard.gate, guard.edit) == ("token", "refusal")
-    assert (guard.clamp_value, guard.trigger_limit) == (-500.0, 0.05)
+    assert (guard.gate, guard.edit) == (OpenGate(), Refusal(-500.0, trigger_limit=0.05))
 
 
 @pytest.mark.parametrize("text", [CLAMP_PRIME, REFUSAL_CLAMP])
@@ -129,18 +129,18 @@ def test_special_tokens_are_edited_only_without_uncounted_ids(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"clamp_scope": "active"},
-        {"clamp_scope": "active", "clamp_value": -0.1 / 3},
-        {"clamp_scope": "active", "clamp_unit": "residual_norm", "residual_norm": 1.7},
-        {"edit": "refusal", "trigger_limit": 0.3},
-        {"feature_ids": [5], "clamp_scope": "all"},
+        {"edit": Clamp(-20.0, "active")},
+        {"edit": Clamp(-0.1 / 3, "active")},
+        {"edit": Clamp(-20.0, "active", unit="residual_norm", residual_norm=1.7)},
+        {"edit": Refusal(-20.0, trigger_limit=0.3)},
+        {"feature_ids": [5], "edit": Clamp(-20.0, "all")},
     ],
 )
 def test_guards_come_back_with_equal_decisions_and_logits(tmp_path, settings):
-    guard = make_guard(SAE, gate="token", facts=FACTS, **settings)
+    guard = make_guard(SAE, gate=OpenGate(), facts=FACTS, **settings)
     again = imported(guard.to_steering_csv(tmp_path / "steer.csv"))
     assert (again.feature_ids, again.refusal_id) == (guard.feature_ids, guard.refusal_id)
-    assert again.clamp_value == guard.written_value
+    assert again.clamp_value == guard.edit.written_value
     # One sequence without a counted token, which no gate triggers.
     ids = torch.cat([random_ids(3, 6), torch.full((1, 6), BOS)])
     logits, triggered = guarded(guard, ids)
@@ -160,7 +160,7 @@ def test_a_folder_stands_for_the_sae_where_none_is_given(tmp_path):
     SAE.save_model(tmp_path / "sae")
     sae = dsg.load_sae(str(tmp_path / "sae"))
     facts = {"sae": {"loaded_from": sae.cfg.metadata.loaded_from}}
-    guard = make_guard(sae, gate="token", clamp_scope="active", facts=facts)
+    guard = make_guard(sae, gate=OpenGate(), scope="active", facts=facts)
     path = guard.to_steering_csv(tmp_path / "steer.csv")
     again = imported(path, None)
     ids = random_ids(2, 5)
@@ -171,7 +171,7 @@ def test_a_folder_stands_for_the_sae_where_none_is_given(tmp_path):
 
 
 def test_a_dropped_gate_is_noted_in_each_row(tmp_path):
-    guard = make_guard(SAE, clamp_scope="active", facts=FACTS)
+    guard = make_guard(SAE, scope="active", facts=FACTS)
     path = tmp_path / "steer.csv"
     with pytest.raises(UserError, match=r"`gate` must be 'token'.* got 'density'; pass drop_gate"):
         guard.to_steering_csv(path)
@@ -179,7 +179,7 @@ def test_a_dropped_gate_is_noted_in_each_row(tmp_path):
     guard.to_steering_csv(path, drop_gate=True)
     descriptions = [row["description"] for row in csv.DictReader(path.open())]
     assert descriptions == ["density gate left out"] * 3
-    assert imported(path).gate == "token"
+    assert imported(path).gate == OpenGate()
 
 
 def test_the_harness_clamp_is_another_edit_than_a_guards(tmp_path):
@@ -196,7 +196,7 @@ def test_the_harness_clamp_is_another_edit_than_a_guards(tmp_path):
     guard = imported(path, hook_point=None, reinterpret=True)
     ids = random_ids(2, 5)
     assert (guarded(guard, ids)[0] - edited_logits(ids, harness)).abs().max() > 0.1
-    expected = make_guard(SAE, [3, 7], gate="token", clamp_scope="active")
+    expected = make_guard(SAE, [3, 7], gate=OpenGate(), scope="active")
     assert torch.equal(guarded(guard, ids)[0], guarded(expected, ids)[0])
     assert guard.hook_point == HOOK_POINT
 

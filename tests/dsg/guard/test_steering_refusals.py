@@ -1,6 +1,7 @@
 import pytest
 
 from dsg.errors import UserError
+from dsg.guard.gate import OpenGate
 from tests.guard_reference import make_guard
 from tests.helpers import standard_sae
 from tests.steering_files import (
@@ -20,26 +21,26 @@ from tests.steering_files import (
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"clamp_scope": "all"}, "`clamp_scope` must be 'active'.* got 'all'; use guard.replace"),
+        ({"scope": "all"}, "`scope` must be 'active'.* got 'all'; use guard.replace"),
         (
-            {"clamp_scope": "active", "trigger_limit": 0.2},
+            {"scope": "active", "trigger_limit": 0.2},
             r"`trigger_limit` must be 0.* got 0.2; use guard.replace",
         ),
-        ({"clamp_scope": "active", "facts": {}}, "`facts` must name the guard's SAE"),
+        ({"scope": "active", "facts": {}}, "`facts` must name the guard's SAE"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(tmp_path, settings, message):
-    guard = make_guard(SAE, **{"gate": "token", "facts": FACTS, **settings})
+    guard = make_guard(SAE, **{"gate": OpenGate(), "facts": FACTS, **settings})
     with pytest.raises(UserError, match=message):
         guard.to_steering_csv(tmp_path / "steer.csv")
 
 
 def test_residual_norms_of_an_sae_that_rescales_are_refused(tmp_path):
-    settings = {"gate": "token", "clamp_scope": "active", "facts": FACTS, "residual_norm": 3.0}
+    settings = {"gate": OpenGate(), "scope": "active", "facts": FACTS, "residual_norm": 3.0}
     guard = make_guard(
-        standard_sae(normalize_activations="layer_norm"), clamp_unit="residual_norm", **settings
+        standard_sae(normalize_activations="layer_norm"), unit="residual_norm", **settings
     )
-    with pytest.raises(UserError, match=r"`clamp_unit` must be 'activation'.* got 'residual_norm'"):
+    with pytest.raises(UserError, match=r"`unit` must be 'activation'.* got 'residual_norm'"):
         guard.to_steering_csv(tmp_path / "steer.csv")
 
 
@@ -113,6 +114,6 @@ def test_a_file_that_names_too_little_is_refused(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = written(tmp_path, "old")
     with pytest.raises(UserError):
-        make_guard(SAE, gate="token", facts=FACTS).to_steering_csv(path)
+        make_guard(SAE, gate=OpenGate(), facts=FACTS).to_steering_csv(path)
     assert [file.name for file in tmp_path.iterdir()] == ["steer.csv"]
     assert path.read_text() == "old"

@@ -73,12 +73,12 @@ def test_sweep_against_counting():
     assert len({point.threshold for point in points}) > 2
 
 
-@pytest.mark.parametrize("gate", [DensityGate(), WindowGate(3), CusumGate(0.3)])
+@pytest.mark.parametrize("gate", [DensityGate(0.5), WindowGate(0.5, 3), CusumGate(0.5, 0.3)])
 def test_other_gates_see_the_tokens_in_their_order(gate):
     active, counted = random_texts(0, 7, 5)
     ranks = ranks_of(active, counted, batch_size=3)
     for n in (1, 3, 5):
-        fired = active[..., :n].any(-1) & counted
+        fired = active[..., :n] & counted[..., None]
         followed, _ = gate.follow(fired, counted, gate.start(7, torch.device("cpu")))
         assert torch.equal(ranks.statistics(gate, n), followed[:, -1])
 
@@ -137,7 +137,7 @@ def test_packed_parts_arrive_whole(num_features):
 
 def test_no_text_has_no_density():
     assert FirstFiring(2).densities().shape == (0,)
-    assert FirstFiring(2).statistics(WindowGate(2)).shape == (0,)
+    assert FirstFiring(2).statistics(WindowGate(0.5, 2)).shape == (0,)
     with pytest.raises(UserError, match="`densities` must be finite and at least one, got 0"):
         sweep(FirstFiring(2), FirstFiring(2), FirstFiring(2))
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dsg.errors import UserError
+from dsg.guard.gate import OpenGate
 from dsg.guard.recipes import GuardSettings
 from lightning_modules import EvaluationModule
 from lightning_modules.parts.guards import method_of, saved_guard
@@ -20,7 +21,7 @@ MADE = {"hook_point": HOOK_POINT, "sae": SAE, "method": "farrell", "num_features
 @pytest.fixture
 def folder(tmp_path):
     guard = tiny_guard(tiny_model(), tiny_tokenizer(), 0.7)
-    guard.replace(gate="token", facts={"settings": MADE}).save(tmp_path / "guard")
+    guard.replace(gate=OpenGate(), facts={"settings": MADE}).save(tmp_path / "guard")
     return str(tmp_path / "guard")
 
 

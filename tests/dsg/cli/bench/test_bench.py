@@ -18,6 +18,8 @@ from dsg.cli.bench.edit import (
 )
 from dsg.cli.bench.layer import measure_layer, random_model
 from dsg.cli.bench.selection import measure_early_stop, measure_memory_here, random_batches
+from dsg.guard.edit import Clamp
+from dsg.guard.gate import DensityGate
 from dsg.guard.guard import Guard
 from dsg.lm.hooks import hidden_states, resolve_hook_point
 from dsg.sae.features import Features
@@ -91,8 +93,8 @@ def test_what_is_timed_is_what_an_attached_guard_does():
         hook_point=helpers.HOOK_POINT,
         uncounted_ids=[],
         pad_id=None,
-        threshold=THRESHOLD,
-        clamp_value=CLAMP_VALUE,
+        gate=DensityGate(THRESHOLD),
+        edit=Clamp(CLAMP_VALUE),
     )
     handle = resolve_hook_point(model, helpers.HOOK_POINT).register_forward_hook(
         lambda *call: outputs.append(hidden_states(call[2]))

@@ -17,7 +17,7 @@ from tests.helpers import EOS, standard_sae, tiny_model, tiny_tokenizer
 MODEL = tiny_model(attn_implementation="sdpa").double()
 SAE = standard_sae(dtype="float64")
 # About half of the requests below are triggered.
-GUARD = make_guard(SAE, [1, 12], threshold=0.45, clamp_value=-9.0)
+GUARD = make_guard(SAE, [1, 12], threshold=0.45, value=-9.0)
 NEVER, ALWAYS = GUARD.replace(threshold=1.0), GUARD.replace(threshold=0.0)
 NEW_TOKENS = 6
 
