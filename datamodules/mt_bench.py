@@ -1,14 +1,13 @@
 """MT-Bench as Lightning data: 80 conversations of two questions."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning
 from torch.utils.data import DataLoader
 
-from datamodules.parts.corpora import Corpora, CorpusSettings
-from datamodules.parts.loading import batch_loader, load_tokenizer
-from dsg.errors import UserError
+from datamodules.parts.batches import batch_loader
+from datamodules.parts.corpora import Corpora, CorpusSettings, FromCorpora
+from datamodules.parts.loading import load_tokenizer
 from dsg.evaluation.benchmarks.mt_bench.conversations import (
     NAME,
     Conversation,
@@ -22,7 +21,7 @@ from dsg.selection import texts_digest
 QUESTIONS = "HuggingFaceH4/mt_bench_prompts"
 
 
-class MtBenchData(lightning.LightningDataModule):
+class MtBenchData(FromCorpora, lightning.LightningDataModule):
     """The questions of MT-Bench, or one's own in the same format.
 
     All are the test split: nothing is chosen on them. Batches hold questions of similar length,
@@ -65,9 +64,9 @@ class MtBenchData(lightning.LightningDataModule):
         if self.tokenizer is not None:
             return
         path = self.reference_answers
-        known = [] if path is None else load_rows(path, None, "train")
+        references = [] if path is None else load_rows(path, None, "train")
         rows = load_rows(self.questions, None, self.split)
-        self._conversations = read_conversations(rows, known)
+        self._conversations = read_conversations(rows, references)
         self._revision = dataset_revision(self.questions, None)
         self.tokenizer = load_tokenizer(self.model_name)
 
@@ -83,22 +82,6 @@ class MtBenchData(lightning.LightningDataModule):
         batches = length_batches(lengths, self.batch_size)
         return batch_loader(conversations, batches, self.trainer, ConversationBatch, keep_rest=True)
 
-    def forget_texts(self) -> Sequence[str]:
-        """Forget texts of `corpora`."""
-        return self._given_corpora().forget_texts()
-
-    def retain_texts(self) -> Sequence[str]:
-        """Retain texts of `corpora`."""
-        return self._given_corpora().retain_texts()
-
-    def calibration_texts(self, near: bool) -> Sequence[str]:
-        """Calibration texts of `corpora`."""
-        return self._given_corpora().calibration_texts(near)
-
-    def heldout_texts(self) -> Sequence[str]:
-        """Held-out texts of `corpora`."""
-        return self._given_corpora().heldout_texts()
-
     def facts(self) -> dict[str, Any]:
         """Where the questions came from, how many they are, and the hash of all of them."""
         parts = [
@@ -112,11 +95,3 @@ class MtBenchData(lightning.LightningDataModule):
             "sha256": texts_digest(parts),
             "corpora": self.corpora.facts() if self.corpora else {},
         }
-
-    def _given_corpora(self) -> Corpora:
-        if self.corpora is None:
-            raise UserError(
-                "`corpora` must name the texts to make a guard from, got none; give `forget` and "
-                "`retain` there, or load a saved guard (`artifact`)."
-            )
-        return self.corpora

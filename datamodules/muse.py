@@ -3,27 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import lightning
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from datamodules.parts.guard_texts import selection_loader
-from datamodules.parts.loading import BatchSize, load_tokenizer, passage_loader, prompt_loader
-from datamodules.parts.rows import Items, Split, half, numbered, read_texts, retain_parts
-from datamodules.parts.training_text import (
-    evenly,
-    pair_loader,
-    running_rows,
-    training_loader,
-    word_pieces,
-)
+from datamodules.parts.benchmark import BenchmarkData, Split
+from datamodules.parts.loading import BatchSize, Pairs, Rows
+from datamodules.parts.rows import Items, half, numbered, read_texts, retain_parts
+from datamodules.parts.training_text import evenly, running_rows, word_pieces
 from dsg.errors import UserError
-from dsg.evaluation import Measurement, Passage, Prompt, Question, item_key
+from dsg.evaluation import Measurement, Passage, Prompt, item_key
 from dsg.evaluation.benchmarks import muse
 from dsg.io import dataset_revision, short_name
 from dsg.selection import describe_texts
 
-Task = Literal["evaluate", "select", "finetune", "unlearn", "relearn"]
 ForgetSet = Literal[
     "raw", "scal_1", "scal_2", "scal_3", "scal_4", "sust_1", "sust_2", "sust_3", "sust_4"
 ]
@@ -32,13 +23,14 @@ _DATASETS = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 _PRIVLEAK = ("forget", "retain", "holdout")
 
 
-class MuseData(lightning.LightningDataModule):
+class MuseData(BenchmarkData):
     """One corpus of MUSE.
 
     Evaluations continue passages (VerbMem), answer questions after examples (KnowMem) and compare
     forget with holdout texts (PrivLeak). The benchmark measures forgetting on the forget texts
     themselves, so those of a guard or an unlearning run are evaluated by design; of the retain
-    texts, `retain1` trains and `retain2` is evaluated.
+    texts, `retain1` trains and `retain2` is evaluated. An attacker has half of the forget text and
+    as much retain text.
 
     Args:
         model_name: The model's folder or hub name, for its tokenizer.
@@ -52,9 +44,6 @@ class MuseData(lightning.LightningDataModule):
             successive (`sust`) ones, which only News has.
         items: `all` evaluates every item, as published, on the split `test`; `halves` keeps half of
             them (by hash) as `validation` for choosing settings.
-        task: What the run is for: `evaluate`; `select` features, where `validate` reads the guard's
-            own texts; `finetune`, `unlearn` or `relearn`, whose `fit` trains on half of the forget
-            text and as much retain text.
         finetune_on: `target`: the forget and all retain text; `retrained`: the retain text alone.
         seed: Decides the order of training text.
         batch_size: Items of an evaluation batch, or `auto`.
@@ -62,12 +51,14 @@ class MuseData(lightning.LightningDataModule):
         max_length: Tokens of a training row, and of a PrivLeak text that are read.
         num_words: Words of a guard's text; longer ones are cut into pieces.
         max_texts: Forget texts, and retain texts, to select features with.
-        allow_overlap: The attacker's text holds evaluated passages; `relearn` needs this said.
+        allow_overlap: The attacker's text holds evaluated passages; an attack needs this said.
 
     Raises:
-        UserError: `relearn` without `allow_overlap`, an evaluation without `retrained`, or a fold
-            of Books.
+        UserError: A fold of Books.
     """
+
+    overlap = "holds evaluated passages"
+    trains = ("finetune", "unlearn", "relearn")
 
     def __init__(
         self,
@@ -77,7 +68,6 @@ class MuseData(lightning.LightningDataModule):
         retrained: str | None = None,
         forget_set: ForgetSet = "raw",
         items: Items = "all",
-        task: Task = "evaluate",
         finetune_on: Literal["target", "retrained"] = "target",
         seed: int = 0,
         batch_size: BatchSize = 8,
@@ -87,48 +77,37 @@ class MuseData(lightning.LightningDataModule):
         max_texts: int = 1024,
         allow_overlap: bool = False,
     ) -> None:
-        super().__init__()
-        if task == "relearn" and not allow_overlap:
-            raise UserError(
-                "`allow_overlap` must be true for the task 'relearn', because the attacker's text "
-                "holds evaluated passages; set it."
-            )
+        val_split: Split = "validation" if items == "halves" else "test"
+        super().__init__(model_name, val_split, batch_size, train_batch_size, seed, allow_overlap)
         if corpus == "books" and forget_set != "raw":
             raise UserError(
                 f"`forget_set` of books must be 'raw', got {forget_set!r}: only news has folds; "
                 "change one of them."
             )
         self.name = f"muse_{corpus}"
-        if task not in ("select", "finetune"):
-            muse.check_retrained(self.name, retrained)
-        self.model_name = model_name
         self.dataset = dataset or _DATASETS[corpus]
         self.retrained = retrained
         self.forget_set: ForgetSet = forget_set
         self.items: Items = items
-        self.val_split: Split = "validation" if items == "halves" else "test"
-        self.task: Task = task
         self.finetune_on = finetune_on
-        self.seed = seed
-        self.batch_size: BatchSize = batch_size
-        self.train_batch_size = train_batch_size
         self.max_length = max_length
+        self.passage_length = max_length
         self.num_words = num_words
         self.max_texts = max_texts
-        self.tokenizer: Any = None
         self._texts: dict[tuple[str, str], list[tuple[str, ...]]] = {}
 
     def setup(self, stage: str) -> None:
-        """Load the tokenizer, and find the retrained model's AUC before anything is computed."""
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.model_name)
-        if self.task not in ("select", "finetune"):
-            self._retrained_auc("test" if stage == "test" else self.val_split)
+        """Load the tokenizer, and find the retrained model's AUC before anything is computed.
 
-    def questions(self, split: Split) -> list[Question]:
-        """None: every question of MUSE is answered freely."""
-        del split
-        return []
+        Raises:
+            UserError: An evaluation without `retrained`, or an overlap that nobody allowed.
+        """
+        evaluates = self.reads not in ("select", "finetune")
+        if evaluates:
+            muse.check_retrained(self.name, self.retrained)
+        super().setup(stage)
+        if evaluates:
+            self._retrained_auc("test" if stage == "test" else self.val_split)
 
     def passages(self, split: Split) -> list[Passage]:
         """The texts of PrivLeak."""
@@ -149,11 +128,11 @@ class MuseData(lightning.LightningDataModule):
             (muse.VERBMEM, text, end, muse.VERBMEM_TOKENS, (), muse.VERBMEM_TOKENS)
             for text, end in self._half("verbmem", "forget", split, "prompt", "gt")
         ]
-        known = []
+        answered = []
         for domain, kind in ((muse.KNOWMEM_FORGET, "forget"), (muse.KNOWMEM_RETAIN, "retain")):
             columns = ("question", "answer")
             examples = self._read("knowmem", f"{kind}_qa_icl", *columns)
-            known += [
+            answered += [
                 (
                     domain,
                     muse.knowmem_prompt([(q, a) for q, a in examples], question),
@@ -164,7 +143,7 @@ class MuseData(lightning.LightningDataModule):
                 )
                 for question, answer in self._half("knowmem", f"{kind}_qa", split, *columns)
             ]
-        rows = [*verbatim, *known]
+        rows = [*verbatim, *answered]
         keys = numbered(item_key(domain, text, reference) for domain, text, reference, *_ in rows)
         return [
             Prompt(number, *row, key=key)
@@ -207,49 +186,22 @@ class MuseData(lightning.LightningDataModule):
             "revision": dataset_revision(self.dataset, "raw"),
             "forget_set": self.forget_set,
             "items": self.items,
-            "task": self.task,
         }
-        if self.task == "finetune":
+        if self.reads == "finetune":
             return facts | {"training": describe_texts(self._finetuning_texts())}
         return facts | {"forget": describe_texts(self._forget())}
 
-    def train_dataloader(self) -> DataLoader:
-        """What `task` trains on.
-
-        Raises:
-            UserError: It trains on nothing.
-        """
-        size, length = self.train_batch_size, self.max_length
-        if self.task == "finetune":
-            rows = running_rows(self.tokenizer, self._finetuning_texts(), length)
-            return training_loader(self.tokenizer, rows, size, self.seed, self.trainer)
-        if self.task not in ("unlearn", "relearn"):
-            raise UserError(
-                f"`task` must be 'finetune', 'unlearn' or 'relearn' for fit, got {self.task!r}; "
-                "change it."
-            )
+    def training(self) -> Rows | Pairs:
+        """Text to learn, pairs of forget and retain text, or the attacker's mixture of both."""
+        length = self.max_length
+        if self.reads == "finetune":
+            return Rows(running_rows(self.tokenizer, self._finetuning_texts(), length))
         forget = running_rows(self.tokenizer, self._forget(), length)
         retain = running_rows(self.tokenizer, self._column("raw", "retain1"), length)
-        if self.task == "unlearn":
-            return pair_loader(self.tokenizer, forget, retain, size, self.seed, self.trainer)
+        if self.reads == "unlearn":
+            return Pairs(forget, retain)
         shown = forget[::2]
-        rows = [*shown, *evenly(retain, len(shown))]
-        return training_loader(self.tokenizer, rows, size, self.seed, self.trainer)
-
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Items of `val_split`, or the guard's texts."""
-        return selection_loader(self) if self.task == "select" else self._loaders(self.val_split)
-
-    def test_dataloader(self) -> list[DataLoader]:
-        """Items of the test split."""
-        return self._loaders("test")
-
-    def _loaders(self, split: Split) -> list[DataLoader]:
-        tokenizer, size, trainer = self.tokenizer, self.batch_size, self.trainer
-        return [
-            passage_loader(tokenizer, self.passages(split), size, trainer, self.max_length),
-            prompt_loader(tokenizer, self.prompts(split), size, trainer),
-        ]
+        return Rows([*shown, *evenly(retain, len(shown))])
 
     def _retrained_auc(self, split: Split) -> float | None:
         assert self.retrained is not None

@@ -35,7 +35,7 @@ from dsg.lm import load_model, short_name
 from lightning_modules.parts.guards import describe, make_guard, method_of
 from lightning_modules.parts.measuring import Labels, metric_key
 from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import data_of
+from lightning_modules.parts.protocols import Reads, data_of
 
 CONVERSATION_DATA = ("name", "tokenizer", "conversations")
 
@@ -63,6 +63,8 @@ class ConversationModule(lightning.LightningModule):
         seed: The `seed` column.
         model_label: The `model` column; None takes the model's name.
     """
+
+    reads: Reads = "evaluate"
 
     def __init__(
         self,

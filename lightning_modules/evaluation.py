@@ -13,7 +13,7 @@ from dsg.lm import load_model, short_name
 from lightning_modules.parts.guards import describe, make_guard, method_of
 from lightning_modules.parts.measuring import Labels, Measurer
 from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import EVALUATION_DATA, Split, data_of
+from lightning_modules.parts.protocols import EVALUATION_DATA, Reads, Split, data_of
 
 
 class EvaluationModule(lightning.LightningModule):
@@ -29,6 +29,8 @@ class EvaluationModule(lightning.LightningModule):
         seed: The `seed` column.
         model_label: The `model` column; None takes the model's name.
     """
+
+    reads: Reads = "evaluate"
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class EvaluationModule(lightning.LightningModule):
         if not any(data.questions(split)) and not any(data.passages(split)):
             raise UserError(
                 f"`data` must hold something to evaluate in its {split} split, got nothing; give "
-                "more, or another `task`."
+                "more."
             )
 
     def on_validation_start(self) -> None:

@@ -21,6 +21,7 @@ from dsg.lm import (
 )
 from lightning_modules.parts.distributed import exclude_frozen_from_ddp
 from lightning_modules.parts.precision import use_precision
+from lightning_modules.parts.protocols import Reads
 from lightning_modules.parts.resuming import check_same_run, restore_rng, rng_states
 from lightning_modules.parts.saving import keep_trainable, save_model_folder
 
@@ -47,6 +48,7 @@ class FinetuningModule(lightning.LightningModule):
         UserError: `lr` or `warmup_fraction` is out of range.
     """
 
+    reads: Reads = "finetune"
     keeps_rest: bool = False
 
     def __init__(

@@ -32,7 +32,7 @@ from dsg.selection import texts_digest
 from lightning_modules.parts.guards import describe, make_guard, method_of
 from lightning_modules.parts.measuring import Labels
 from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import data_of
+from lightning_modules.parts.protocols import Reads, data_of
 
 PREDICTION_DATA = ("name", "tokenizer", "texts")
 PREDICTIONS = "predictions"
@@ -77,6 +77,8 @@ class PredictionModule(lightning.LightningModule):
         seed: The `seed` column.
         model_label: The `model` column; None takes the model's name.
     """
+
+    reads: Reads = "evaluate"
 
     def __init__(
         self,

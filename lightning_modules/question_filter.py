@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import lightning
 from transformers import PreTrainedModel
 
-from dsg.errors import UserError
 from dsg.evaluation import Protocol as QuestionProtocol
 from dsg.evaluation import QuestionBatch, score
 from dsg.evaluation.benchmarks.multiple_choice.permutations import RULES, VARIANTS
@@ -23,7 +22,7 @@ from dsg.io import FOLDER, Journal, row, write_results
 from dsg.lm import load_model, short_name, unwrap
 from lightning_modules.parts.measuring import Labels
 from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import data_of
+from lightning_modules.parts.protocols import Reads, data_of
 
 
 class FilterData(Protocol):
@@ -56,6 +55,8 @@ class QuestionFilterModule(lightning.LightningModule):
         model_label: The `model` column; None takes the model's name.
     """
 
+    reads: Reads = "filter"
+
     def __init__(
         self,
         model_name: str,
@@ -83,11 +84,6 @@ class QuestionFilterModule(lightning.LightningModule):
         """
         assert self.model is not None
         data = data_of(self.trainer, "name", "protocol", "sets")
-        if getattr(data, "task", None) != "filter":
-            raise UserError(
-                "`task` must be 'filter' for QuestionFilterModule, got "
-                f"{getattr(data, 'task', None)!r}; set data.init_args.task: filter."
-            )
         self.identity = FilteredModel.of(self.model_name, unwrap(self.model).config)
         settings = {
             "model": vars(self.identity),

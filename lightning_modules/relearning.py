@@ -30,7 +30,7 @@ from lightning_modules.parts.guards import make_guard, method_of, remaking_setti
 from lightning_modules.parts.measuring import Labels, Measurer
 from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.progress import Progress, require_whole_epochs
-from lightning_modules.parts.protocols import EVALUATION_DATA, data_of, val_loaders
+from lightning_modules.parts.protocols import EVALUATION_DATA, Reads, data_of, val_loaders
 from lightning_modules.parts.resuming import check_same_run, restore_rng, rng_states
 from lightning_modules.parts.saving import keep_trainable
 
@@ -75,6 +75,7 @@ class RelearningModule(lightning.LightningModule):
             not above 0.
     """
 
+    reads: Reads = "relearn"
     keeps_rest: bool = False
 
     def __init__(

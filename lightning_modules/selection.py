@@ -31,7 +31,7 @@ from dsg.selection import FeatureStatistics, batch_statistics, describe_texts, g
 from lightning_modules.parts.distributed import add_over_ranks, gather_firing_ranks
 from lightning_modules.parts.measuring import Labels
 from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import GUARD_DATA, SelectionBatch, data_of
+from lightning_modules.parts.protocols import GUARD_DATA, Reads, SelectionBatch, data_of
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -71,6 +71,8 @@ class SelectionModule(lightning.LightningModule):
     Raises:
         UserError: `guard` names a saved guard, for which nothing is left to select.
     """
+
+    reads: Reads = "select"
 
     def __init__(
         self,
@@ -128,7 +130,7 @@ class SelectionModule(lightning.LightningModule):
         if not isinstance(batch, dict) or batch.get("purpose") not in SUMMED + COUNTED:
             raise UserError(
                 f"`data` must yield texts for {', '.join(SUMMED + COUNTED)}, got "
-                f"{type(batch).__name__}; set data.init_args.task: select."
+                f"{type(batch).__name__}; choose a data module that does."
             )
         if batch["purpose"] in SUMMED:
             self._sum(batch)

@@ -22,7 +22,13 @@ from lightning_modules.parts.guards import guard_maker, guard_of
 from lightning_modules.parts.measuring import Labels, Measurer
 from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.progress import Progress, require_whole_epochs
-from lightning_modules.parts.protocols import GUARD_DATA, REQUEST_DATA, UnlearningBatch, data_of
+from lightning_modules.parts.protocols import (
+    GUARD_DATA,
+    REQUEST_DATA,
+    Reads,
+    UnlearningBatch,
+    data_of,
+)
 from lightning_modules.parts.resuming import check_same_run, described, restore_rng, rng_states
 from lightning_modules.parts.saving import keep_trainable, load_guards, save_youngest
 
@@ -51,6 +57,7 @@ class SequentialModule(lightning.LightningModule):
             positive.
     """
 
+    reads: Reads = "unlearn"
     keeps_rest: bool = False
 
     def __init__(

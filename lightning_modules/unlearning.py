@@ -29,7 +29,7 @@ from lightning_modules.parts.distributed import (
 from lightning_modules.parts.measuring import Labels, Measurer
 from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.progress import Progress, require_whole_epochs
-from lightning_modules.parts.protocols import EVALUATION_DATA, UnlearningBatch, data_of
+from lightning_modules.parts.protocols import EVALUATION_DATA, Reads, UnlearningBatch, data_of
 from lightning_modules.parts.resuming import check_same_run, described, restore_rng, rng_states
 from lightning_modules.parts.saving import keep_trainable, save_model_folder
 from lightning_modules.parts.stopwatch import Stopwatch
@@ -60,6 +60,7 @@ class UnlearningModule(lightning.LightningModule):
         UserError: `lr` is not positive, or objective, reference and adapter do not suit each other.
     """
 
+    reads: Reads = "unlearn"
     keeps_rest: bool = False
 
     def __init__(

@@ -115,7 +115,6 @@ def configurations(toy: Path) -> dict[str, Any]:
     }
     asked = {
         "model_name": str(toy / "choices"),
-        "task": "filter",
         "protocol": "dsg",
         "batch_size": 17,
         "forget": [str(toy / "choices.jsonl")],

@@ -22,7 +22,7 @@ def measured(tmp_path):
         for name in ("retrained", "target"):
             taught, run_dir = tmp_path / name, tmp_path / f"{name}_measured"
             options = {"finetune_on": name, "max_length": 64, "train_batch_size": 8}
-            data = kind(start, dataset=dataset, task="finetune", **options)
+            data = kind(start, dataset=dataset, **options)
             trainer = make_trainer(taught, max_epochs=60, gradient_clip_val=1.0)
             trainer.fit(FinetuningModule(start, lr=1e-2), data)
             model = str(taught / "model")

@@ -1,25 +1,40 @@
 """Questions with four choices as Lightning data: WMDP, MMLU and files of the same fields."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning
 from torch.utils.data import DataLoader
 
-from datamodules.multiple_choice.pools import Pool, check_names, check_unused
-from datamodules.multiple_choice.repeats import check_pools, repeated_in_pool
+from datamodules.multiple_choice.pools import (
+    Pool,
+    check_names,
+    check_pools,
+    check_unused,
+    repeated_in_pool,
+)
 from datamodules.multiple_choice.rows import MMLU, WMDP, read_sets, set_revisions
-from datamodules.multiple_choice.training import AttackText, ChoiceTraining
-from datamodules.multiple_choice.variants import variant_loader
-from datamodules.parts.corpora import Corpora, CorpusSettings
-from datamodules.parts.guard_texts import selection_loader
-from datamodules.parts.loading import BatchSize, load_tokenizer, question_loader
+from datamodules.multiple_choice.training import (
+    AttackText,
+    check_unasked,
+    corpus_texts,
+    mixed,
+    question_texts,
+)
+from datamodules.parts.batches import batch_loader
+from datamodules.parts.benchmark import BenchmarkData, Split
+from datamodules.parts.corpora import Corpora, CorpusSettings, FromCorpora
+from datamodules.parts.loading import BatchSize, Pairs, Rows
+from datamodules.parts.training_text import running_rows
 from dsg.errors import UserError
-from dsg.evaluation import Passage, Protocol, Question, encode_question
+from dsg.evaluation import Protocol, Question, encode_question, question_collate
 from dsg.evaluation.benchmarks.multiple_choice.fitting import fit_question
-from dsg.evaluation.benchmarks.multiple_choice.permutations import VARIANTS, Rule, variant
+from dsg.evaluation.benchmarks.multiple_choice.permutations import (
+    ORDERS,
+    VARIANTS,
+    Rule,
+    variant,
+)
 from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, make_question, rows_digest
 from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     FilteredModel,
@@ -27,17 +42,18 @@ from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     load_config,
 )
 from dsg.evaluation.benchmarks.multiple_choice.subjects import expand_sets
+from dsg.lm import length_batches
 from dsg.selection import describe_texts, split_by_hash, texts_digest
 
-Split = Literal["validation", "test"]
 _HALVES = (0.5, 0.5)
 
 
-class MultipleChoiceData(lightning.LightningDataModule):
+class MultipleChoiceData(FromCorpora, BenchmarkData):
     """Multiple-choice questions by one protocol, each set apart and pooled as forget and retain.
 
     Half of each set's questions (by the hash of their text) is the validation split, for choosing
-    settings; reports come from the other half.
+    settings; reports come from the other half. A module that reads `filter` is given all orders of
+    the choices of all questions by `val_dataloader`.
 
     Args:
         model_name: The model's folder or hub name, for its tokenizer and configuration.
@@ -46,9 +62,6 @@ class MultipleChoiceData(lightning.LightningDataModule):
         retain: Likewise; also `utility_bio` and `utility_cyber`, the papers' subjects for the two
             WMDP sets, and `all` of MMLU.
         protocol: How questions are asked, see `dsg.evaluation.benchmarks.multiple_choice.prompts`.
-        task: What the run is for: `evaluate`; `select` features from `corpora`; `filter`, where
-            `validate` reads all orders of the choices of all questions; or what `fit` trains on:
-            pairs of forget and retain text of `corpora` (`unlearn`) or the attacker's (`relearn`).
         keep: A question filter's `questions.json` or run directory; None asks all questions.
         keep_rule: Which of its questions to keep.
         base_model_name: The model that the filter was made with, where `model_name` is a changed
@@ -58,7 +71,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
         max_length: Tokens that a prompt with its answer may have; None takes the model's context.
         allow_truncation: Cut longer prompts on the left, and count them, rather than refuse them.
         corpora: Texts from which guards are made, and which train; None where none are needed.
-        train_batch_size: Rows of a training batch; of each kind for `unlearn`.
+        train_batch_size: Rows of a training batch; of each kind where a model unlearns.
         train_length: Tokens of a training row; longer texts become several.
         attack_text: The attacker's: `forget` text mixed 1:1 with retain text; or all `questions` of
             `forget`, also those that are not kept, with their right answers.
@@ -68,8 +81,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
         mmlu: Hub name or folder of MMLU.
 
     Raises:
-        UserError: A set is unknown, comes twice, or there is none; a question is in both pools; or
-            an overlap that nobody allowed.
+        UserError: A set is unknown, in both pools, or there is none; or a number is too small.
     """
 
     def __init__(
@@ -78,7 +90,6 @@ class MultipleChoiceData(lightning.LightningDataModule):
         forget: list[str],
         retain: list[str],
         protocol: Protocol = "lm_eval",
-        task: Literal["evaluate", "select", "filter", "unlearn", "relearn"] = "evaluate",
         keep: str | None = None,
         keep_rule: Rule = "correct",
         base_model_name: str | None = None,
@@ -95,47 +106,47 @@ class MultipleChoiceData(lightning.LightningDataModule):
         wmdp: str = WMDP,
         mmlu: str = MMLU,
     ) -> None:
-        super().__init__()
+        super().__init__(model_name, val_split, batch_size, train_batch_size, seed, allow_overlap)
         self.names: dict[Pool, list[str]] = {
             "forget": expand_sets("forget", forget),
             "retain": expand_sets("retain", retain),
         }
         check_names(self.names)
-        if task == "filter" and protocol == "cloze":
-            raise UserError(
-                "`protocol` must be 'lm_eval' or 'dsg' for the task 'filter', got 'cloze', which "
-                "shows no choices whose order could change; choose one."
-            )
+        for option, number, least in (
+            ("train_batch_size", train_batch_size, 1),
+            ("train_length", train_length, 2),
+        ):
+            if number < least:
+                raise UserError(f"`{option}` must be at least {least}, got {number}; raise it.")
         self.name = "+".join(Path(name).stem for name in (*forget, *retain))
-        self.model_name = model_name
         self.protocol: Protocol = protocol
-        self.task = task
         self.keep = keep
         self.keep_rule: Rule = keep_rule
         self.base_model_name = base_model_name
-        self.val_split: Split = val_split
-        self.batch_size: BatchSize = batch_size
         self.max_length = max_length
         self.allow_truncation = allow_truncation
         self.sources = {"wmdp": wmdp, "mmlu": mmlu}
         self.corpora = None if corpora is None else Corpora(corpora)
-        self.attack_text: AttackText = attack_text
-        self.training = ChoiceTraining(
-            task,
-            attack_text,
-            allow_overlap=allow_overlap,
-            batch_size=train_batch_size,
-            max_length=train_length,
-            seed=seed,
-        )
-        self.tokenizer: Any = None
+        self.attack_text = attack_text
+        if attack_text == "questions":
+            self.overlap = "states the right answers of evaluated questions"
+        self.train_length = train_length
 
     def setup(self, stage: str) -> None:
-        """Load the tokenizer, read and check the questions, and make the prompts, once."""
-        del stage
+        """Load the tokenizer, read and check the questions, and make the prompts, once.
+
+        Raises:
+            UserError: A set comes twice; a question is in both pools; an overlap that nobody
+                allowed; or the protocol shows no choices to a filter.
+        """
         if self.tokenizer is not None:
             return
-        self.tokenizer = load_tokenizer(self.model_name)
+        if self.reads == "filter" and self.protocol == "cloze":
+            raise UserError(
+                "`protocol` must be 'lm_eval' or 'dsg' for a question filter, got 'cloze', which "
+                "shows no choices whose order could change; choose one."
+            )
+        super().setup(stage)
         self.sets: dict[str, list[ChoiceRow]] = {}
         self.pools: dict[str, Pool] = {}
         self.num_truncated = 0
@@ -143,7 +154,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
         self._revisions: dict[str, str | None] = {}
         self._questions: dict[Split, list[Question]] = {"validation": [], "test": []}
         self._train_texts: dict[str, list[str]] = {}
-        if self.task == "select":
+        if self.reads == "select":
             return
         if self.max_length is None:
             text = load_config(self.model_name).get_text_config()
@@ -156,53 +167,30 @@ class MultipleChoiceData(lightning.LightningDataModule):
         # Now, because the network may be gone when the run ends.
         self._revisions = set_revisions(self.sets, **self.sources)
         forget = [row for n, rows in self.sets.items() if self.pools[n] == "forget" for row in rows]
-        self._train_texts = self.training.texts(forget, self)
+        self._train_texts = self._read_train_texts(forget)
         if self.keep is not None:
             self._filter_facts = self._filter(self.keep)
-        if self.task != "filter":
+        if self.reads != "filter":
             self._make_questions()
 
     def questions(self, split: Split) -> list[Question]:
         """All questions of a half; their domain is their set, their pool `forget` or `retain`."""
         return self._questions[split]
 
-    def passages(self, split: Split) -> list[Passage]:
-        """None: there are only questions."""
-        del split
-        return []
+    def training(self) -> Rows | Pairs:
+        """The questions with their answers, or text of `corpora` mixed, or in pairs."""
+        rows = {
+            kind: running_rows(self.tokenizer, texts, self.train_length)
+            for kind, texts in self._train_texts.items()
+        }
+        if self._shows_answers:
+            return Rows(rows["questions"])
+        forget, retain = rows["forget"], rows["retain"]
+        return Pairs(forget, retain) if self.reads == "unlearn" else Rows(mixed(forget, retain))
 
-    def forget_texts(self) -> Sequence[str]:
-        """Forget texts of `corpora`."""
-        return self._given_corpora().forget_texts()
-
-    def retain_texts(self) -> Sequence[str]:
-        """Retain texts of `corpora`."""
-        return self._given_corpora().retain_texts()
-
-    def calibration_texts(self, near: bool) -> Sequence[str]:
-        """Calibration texts of `corpora`."""
-        return self._given_corpora().calibration_texts(near)
-
-    def heldout_texts(self) -> Sequence[str]:
-        """Held-out texts of `corpora`."""
-        return self._given_corpora().heldout_texts()
-
-    def train_dataloader(self) -> DataLoader:
-        """Batches of what `task` trains on."""
-        return self.training.loader(self.tokenizer, self._train_texts, self.trainer)
-
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Questions of `val_split`, the guard's texts, or all orders of all questions."""
-        if self.task == "select":
-            return selection_loader(self)
-        if self.task == "filter":
-            variants = self._variants()
-            return variant_loader(self.tokenizer, variants, self.batch_size, self.trainer)
-        return self._evaluation(self.val_split)
-
-    def test_dataloader(self) -> DataLoader:
-        """Questions of the test half."""
-        return self._evaluation("test")
+        return self._variant_loader() if self.reads == "filter" else super().val_dataloader()
 
     def fit(self, question: Question) -> Question:
         """The question, cut if it is too long and may be cut; see `fit_question`."""
@@ -216,7 +204,7 @@ class MultipleChoiceData(lightning.LightningDataModule):
         prompts: dict[str, list[str]] = {name: [] for name in self.sets}
         for question in questions:
             prompts[question.domain].append(question.prompt)
-        found = {
+        facts = {
             "protocol": self.protocol,
             "sets": {
                 name: {
@@ -232,18 +220,18 @@ class MultipleChoiceData(lightning.LightningDataModule):
             "truncated_prompts": self.num_truncated,
             "filter": self._filter_facts,
             "corpora": self.corpora.facts() if self.corpora else {},
-            "training": {kind: describe_texts(of) for kind, of in self._train_texts.items()},
+            "training": {kind: describe_texts(texts) for kind, texts in self._train_texts.items()},
         }
         if questions and self.protocol != "cloze":
-            found["letter_ids"] = self._letter_ids(questions[0])
-        return found
+            facts["letter_ids"] = self._letter_ids(questions[0])
+        return facts
 
     def _filter(self, path: str) -> dict[str, Any]:
-        known = QuestionFilter(path, self.keep_rule)
+        question_filter = QuestionFilter(path, self.keep_rule)
         model_name = self.base_model_name or self.model_name
-        known.check_model(FilteredModel.of(model_name, load_config(model_name)))
-        self.sets = {name: known.kept(name, rows) for name, rows in self.sets.items()}
-        return known.facts
+        question_filter.check_model(FilteredModel.of(model_name, load_config(model_name)))
+        self.sets = {name: question_filter.kept(name, rows) for name, rows in self.sets.items()}
+        return question_filter.facts
 
     def _make_questions(self) -> None:
         keys = {row.key for rows in self.sets.values() for row in rows}
@@ -256,14 +244,41 @@ class MultipleChoiceData(lightning.LightningDataModule):
                 question = make_question(
                     self.protocol, row, self.tokenizer, id=len(half), pool=pool
                 )
-                if self.training.shows_answers and self.pools[subject] == "forget":
+                if self._shows_answers and self.pools[subject] == "forget":
                     question = replace(question, shown=True)
                 fitting = self.fit(question)
                 self.num_truncated += fitting is not question
                 half.append(fitting)
 
-    def _evaluation(self, split: Split) -> DataLoader:
-        return question_loader(self.tokenizer, self.questions(split), self.batch_size, self.trainer)
+    @property
+    def _shows_answers(self) -> bool:
+        """Whether training states the right answers of the forget questions."""
+        return self.reads == "relearn" and self.attack_text == "questions"
+
+    def _read_train_texts(self, questions: list[ChoiceRow]) -> dict[str, list[str]]:
+        if self._shows_answers:
+            return {"questions": question_texts(questions)}
+        if self.reads not in self.trains:
+            return {}
+        texts = corpus_texts(self)
+        if self.reads == "relearn" and not self.allow_overlap:
+            check_unasked(texts["forget"] + texts["retain"], questions)
+        return texts
+
+    def _variant_loader(self) -> DataLoader:
+        """Variants of about the same length in batches; those of a question stand together."""
+        variants = self._variants()
+        # The order of the choices hardly changes a length, so that the first one stands for all:
+        # once with the question and once without it.
+        lengths = [
+            max(map(len, encode_question(self.tokenizer, question)[1]))
+            for question in variants[:: len(ORDERS)]
+        ]
+        batches = length_batches(
+            [lengths[question.id // len(ORDERS)] for question in variants], self.batch_size
+        )
+        collate = question_collate(self.tokenizer)
+        return batch_loader(variants, batches, self.trainer, collate, keep_rest=True)
 
     def _variants(self) -> list[Question]:
         """All variants of all questions: variant v of question i has the id `VARIANTS * i + v`."""
@@ -280,11 +295,3 @@ class MultipleChoiceData(lightning.LightningDataModule):
         return {
             option: ids[num_prompt:] for option, ids in zip(question.options, rows, strict=True)
         }
-
-    def _given_corpora(self) -> Corpora:
-        if self.corpora is None:
-            raise UserError(
-                "`corpora` must name the texts to make a guard from, got none; give `forget` and "
-                "`retain` there, or load a saved guard (`artifact`)."
-            )
-        return self.corpora

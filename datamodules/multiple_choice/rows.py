@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.multiple_choice.repeats import usable_rows
+from datamodules.multiple_choice.pools import usable_rows
 from dsg.errors import UserError
 from dsg.evaluation.benchmarks.multiple_choice.prompts import LETTERS, ChoiceRow
 from dsg.evaluation.benchmarks.multiple_choice.subjects import (

@@ -170,3 +170,33 @@ class Corpora:
         }
         check_texts(parts)
         return parts
+
+
+class FromCorpora:
+    """A data module whose guard is made from `corpora`."""
+
+    corpora: Corpora | None
+
+    def forget_texts(self) -> list[str]:
+        """Forget texts of `corpora`."""
+        return self._given_corpora().forget_texts()
+
+    def retain_texts(self) -> list[str]:
+        """Retain texts of `corpora` that select features."""
+        return self._given_corpora().retain_texts()
+
+    def calibration_texts(self, near: bool) -> list[str]:
+        """Calibration texts of `corpora`."""
+        return self._given_corpora().calibration_texts(near)
+
+    def heldout_texts(self) -> list[str]:
+        """Held-out texts of `corpora`."""
+        return self._given_corpora().heldout_texts()
+
+    def _given_corpora(self) -> Corpora:
+        if self.corpora is None:
+            raise UserError(
+                "`corpora` must name the texts to make a guard from, got none; give `forget` and "
+                "`retain` there, or load a saved guard (`artifact`)."
+            )
+        return self.corpora

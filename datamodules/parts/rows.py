@@ -7,7 +7,6 @@ from dsg.errors import UserError
 from dsg.io import load_rows
 from dsg.selection import RETAIN_FRACTIONS, split_by_hash
 
-Split = Literal["validation", "test"]
 Items = Literal["all", "halves"]
 
 
@@ -40,7 +39,7 @@ def text_of(row: dict[str, Any], column: str, place: str) -> str:
     return text
 
 
-def half(rows: Sequence[Any], texts: Sequence[str], items: Items, split: Split) -> list[Any]:
+def half(rows: Sequence[Any], texts: Sequence[str], items: Items, split: str) -> list[Any]:
     """The rows of one evaluation split: all of them, or one half by the hash of their text."""
     if items == "all":
         return list(rows)

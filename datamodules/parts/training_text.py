@@ -1,24 +1,12 @@
-"""Text as training rows: running text in pieces, answers after their questions, and loaders."""
+"""Text as training rows: running text in pieces, answers after their questions."""
 
-import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-from torch.utils.data import DataLoader
-
-from datamodules.parts.loading import batch_loader
 from dsg.errors import UserError
-from dsg.lm import (
-    TokenBatch,
-    encode_texts,
-    pad_sequences,
-    padding_id,
-    shared_prefix,
-    uncounted_token_ids,
-)
+from dsg.lm import encode_texts, shared_prefix
 
 Item = TypeVar("Item")
 
@@ -52,6 +40,11 @@ def evenly(items: Sequence[Item], count: int) -> list[Item]:
     """At most `count` of the items, taken evenly from all over them."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
+
+
+def whole_rows(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[TrainingRow]:
+    """Each text as one row, cut to `max_length` tokens."""
+    return [TrainingRow(ids) for ids in encode_texts(tokenizer, texts, max_length)]
 
 
 def running_rows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[TrainingRow]:
@@ -96,69 +89,3 @@ def answer_rows(
             )
         rows.append(TrainingRow(ids, shared))
     return rows
-
-
-def training_loader(
-    tokenizer: Any, rows: Sequence[TrainingRow], batch_size: int, seed: int, trainer: Any
-) -> DataLoader:
-    """Batches of rows in an order that the seed decides, the same in every epoch."""
-    return batch_loader(
-        rows, _batches(len(rows), batch_size, seed), trainer, _collate(tokenizer), keep_rest=False
-    )
-
-
-def pair_loader(
-    tokenizer: Any,
-    forget: Sequence[TrainingRow],
-    retain: Sequence[TrainingRow],
-    batch_size: int,
-    seed: int,
-    trainer: Any,
-) -> DataLoader:
-    """Batches of forget rows beside as many retain rows, numbered over all ranks.
-
-    The order of the forget rows is that of the seed in every epoch. Each is paired with any of the
-    retain rows, drawn anew in every epoch as in the code of TOFU and OpenUnlearning (MUSE's own
-    keeps one partner for ever). Seed, epoch and the batch's number decide the draw, so that neither
-    ranks nor an interruption change it.
-    """
-    collate = _collate(tokenizer)
-    numbered = list(enumerate(_batches(len(forget), batch_size, seed)))
-    keep_rest = trainer is not None and not trainer.lightning_module.automatic_optimization
-
-    def pairs(items: list[tuple[int, list[int]]]) -> dict[str, Any]:
-        [(number, places)] = items
-        epoch = trainer.current_epoch if trainer is not None else 0
-        draw = random.Random(f"retain partners {seed} {epoch} {number}")
-        return {
-            "id": number,
-            "forget": collate([forget[place] for place in places]),
-            "retain": collate(draw.choices(retain, k=len(places))),
-        }
-
-    one_each = [[index] for index in range(len(numbered))]
-    return batch_loader(numbered, one_each, trainer, pairs, keep_rest=keep_rest)
-
-
-def _batches(count: int, batch_size: int, seed: int) -> list[list[int]]:
-    if batch_size < 1:
-        raise UserError(f"`train_batch_size` must be at least 1, got {batch_size}; raise it.")
-    order = random.Random(f"training order {seed}").sample(range(count), count)
-    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
-
-
-def _collate(tokenizer: Any) -> Any:
-    """Make the function that pads rows on the right and marks what is learnt as counted."""
-    pad_id, uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
-
-    def collate(rows: Sequence[TrainingRow]) -> TokenBatch:
-        batch = pad_sequences([row.ids for row in rows], pad_id, uncounted_ids)
-        learnt = batch.token_mask.clone()
-        places = torch.arange(learnt.shape[1])
-        for number, row in enumerate(rows):
-            if row.num_given is not None:
-                # With the closing eos, or the model would never learn to stop.
-                learnt[number] = (places >= row.num_given) & (places < len(row.ids))
-        return replace(batch, token_mask=learnt)
-
-    return collate

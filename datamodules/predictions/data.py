@@ -9,8 +9,9 @@ from typing import Any, Literal
 import lightning
 from torch.utils.data import DataLoader
 
+from datamodules.parts.batches import batch_loader
 from datamodules.parts.corpora import Corpora, CorpusSettings
-from datamodules.parts.loading import BatchSize, batch_loader, load_tokenizer
+from datamodules.parts.loading import BatchSize, load_tokenizer
 from datamodules.predictions.texts import read_texts, texts_of_items
 from dsg.errors import UserError
 from dsg.evaluation import PromptBatch, Text

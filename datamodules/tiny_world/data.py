@@ -1,34 +1,22 @@
 """The embedded benchmark as Lightning data: evaluation, unlearning, relearning and sequences."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-import lightning
-from torch.utils.data import DataLoader
-
-from datamodules.parts.guard_texts import selection_loader
-from datamodules.parts.loading import batch_loader, load_tokenizer
+from datamodules.parts.benchmark import BenchmarkData
+from datamodules.parts.loading import Pairs, Rows
+from datamodules.parts.training_text import whole_rows
 from datamodules.tiny_world.attacks import OVERLAPPING, Attack, AttackText
-from datamodules.tiny_world.loaders import (
-    chunks,
-    evaluation_loaders,
-    token_collate,
-    unlearning_loader,
-)
 from datamodules.tiny_world.texts import TinyWorldTexts
 from datamodules.tiny_world.words import FORGET_DOMAINS
 from datamodules.tiny_world.world import Split
 from dsg.errors import UserError
 from dsg.evaluation import Passage, Question
-from dsg.lm import encode_texts
 from dsg.selection import describe_texts
 
-Task = Literal["evaluate", "select", "unlearn", "relearn"]
 
-
-class TinyWorldData(lightning.LightningDataModule):
+class TinyWorldData(BenchmarkData):
     """One forget domain of the tiny world.
 
     Validation facts are for choosing settings, test facts for reports. A run that chooses nothing
@@ -38,12 +26,9 @@ class TinyWorldData(lightning.LightningDataModule):
         model_name: Folder of the benchmark's model, for its tokenizer.
         seed: The world's seed.
         forget_domain: `pathogen`, `malware` or `toxin`.
-        task: What the run is for: `evaluate` questions and passages; `select` features, where
-            `validate` reads the guard's own texts instead; or what `fit` trains on: pairs of forget
-            and retain batches (`unlearn`), or the attacker's text (`relearn`).
         val_split: Facts that `val_dataloader` asks about.
         batch_size: Questions or passages of an evaluation batch.
-        train_batch_size: Texts of a training batch; of each kind for `unlearn`.
+        train_batch_size: Texts of a training batch; of each kind where a model unlearns.
         num_train_texts: Forget texts of the training data, or examples of the attacker's kind of
             text; there are as many retain texts.
         attack_text: What the attacker has: `forget` documents or evaluation `questions` about half
@@ -53,7 +38,7 @@ class TinyWorldData(lightning.LightningDataModule):
             must be said. Of the others no example may be an evaluated text.
 
     Raises:
-        UserError: An overlap that nobody allowed, no text or no batch, or an unknown forget domain.
+        UserError: No text or no batch, or an unknown forget domain.
     """
 
     def __init__(
@@ -61,7 +46,6 @@ class TinyWorldData(lightning.LightningDataModule):
         model_name: str,
         seed: int = 0,
         forget_domain: str = "pathogen",
-        task: Task = "evaluate",
         val_split: Split = "validation",
         batch_size: int = 64,
         train_batch_size: int = 8,
@@ -69,42 +53,22 @@ class TinyWorldData(lightning.LightningDataModule):
         attack_text: AttackText = "forget",
         allow_overlap: bool = False,
     ) -> None:
-        super().__init__()
-        if task == "relearn" and attack_text in OVERLAPPING and not allow_overlap:
-            raise UserError(
-                f"`allow_overlap` must be true for the attack text {attack_text!r}, because it "
-                "states facts that are evaluated (rows of shown and unshown facts are kept apart); "
-                "set it."
-            )
-        if train_batch_size < 1:
-            raise UserError(f"`train_batch_size` must be at least 1, got {train_batch_size}.")
+        super().__init__(model_name, val_split, batch_size, train_batch_size, seed, allow_overlap)
         self.name = f"tiny_world/{forget_domain}"
-        self.model_name = model_name
-        self.seed = seed
         self.texts = TinyWorldTexts(seed, forget_domain)
-        self.task = task
-        self.attack_text: AttackText = attack_text
+        self.attack_text = attack_text
         self.attack = Attack(self.texts, attack_text, num_train_texts, val_split)
-        self.val_split: Split = val_split
-        self.batch_size = batch_size
-        self.train_batch_size = train_batch_size
+        if attack_text in OVERLAPPING:
+            self.overlap = (
+                "states facts that are evaluated (rows of shown and unshown facts are kept apart)"
+            )
         self.num_train_texts = num_train_texts
-        self.tokenizer: Any = None
 
     def setup(self, stage: str) -> None:
         """Load the tokenizer, once, and look at the attacker's text before anybody trains on it."""
-        del stage
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.model_name)
-        if self.task == "relearn":
+        super().setup(stage)
+        if self.reads == "relearn":
             self.attack.check_overlap()
-            ranks = self.trainer.world_size if self.trainer else 1
-            num_batches = len(chunks(self.attack.examples, self.train_batch_size))
-            if num_batches < ranks:
-                raise UserError(
-                    f"`num_train_texts` must give each of {ranks} devices a batch of "
-                    f"{self.train_batch_size}, got {self.num_train_texts}; raise it."
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the batches of a run, for its checkpoints."""
@@ -125,17 +89,17 @@ class TinyWorldData(lightning.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """The data of the run in a few plain values; texts as their number and digest."""
         facts: dict[str, Any] = {"name": self.name, "seed": self.seed, "val_split": self.val_split}
-        if self.task == "unlearn":
+        if self.reads == "unlearn":
             for kind, texts in (("forget", self.forget_texts()), ("retain", self.retain_texts())):
                 facts[f"train_{kind}_texts"] = describe_texts(texts[: self.num_train_texts])
-        if self.task == "relearn":
+        if self.reads == "relearn":
             facts["attack_text"] = self.attack_text
             facts["train_texts"] = describe_texts(self.attack.examples)
         return facts
 
     def questions(self, split: Split) -> list[Question]:
         """All questions of a half of the facts."""
-        shown = self.attack.shown_facts if self.task == "relearn" else None
+        shown = self.attack.shown_facts if self.reads == "relearn" else None
         return self.texts.questions(split, shown)
 
     def passages(self, split: Split) -> list[Passage]:
@@ -158,51 +122,14 @@ class TinyWorldData(lightning.LightningDataModule):
         """Short retain texts for the false-positive rate."""
         return self.texts.heldout_texts()
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of the attacker's or the unlearner's text, in an order that the seed decides.
-
-        Raises:
-            UserError: The task is `evaluate` or `select`.
-        """
-        if self.task in ("evaluate", "select"):
-            raise UserError(
-                f"`task` must be 'unlearn' or 'relearn' for fit, got {self.task!r}; change it."
-            )
-        if self.task == "unlearn":
-            # Dampening sums up every batch; gradient steps need equally many on each rank.
-            module: Any = self.trainer.lightning_module if self.trainer else None
-            keep_rest = module is not None and not module.automatic_optimization
-            return unlearning_loader(
-                self.tokenizer,
-                self.forget_texts()[: self.num_train_texts],
-                self.retain_texts()[: self.num_train_texts],
-                self.train_batch_size,
-                self.trainer,
-                keep_rest=keep_rest,
-            )
-        rows = encode_texts(self.tokenizer, self.attack.examples, None)
-        rng = random.Random(f"attack order {self.seed}")
-        order = rng.sample(range(len(rows)), len(rows))
-        return batch_loader(
-            rows,
-            chunks(order, self.train_batch_size),
-            self.trainer,
-            token_collate(self.tokenizer),
-            keep_rest=False,
-        )
-
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Questions and passages of `val_split`, or the guard's texts."""
-        if self.task == "select":
-            return selection_loader(self)
-        return evaluation_loaders(self, self.val_split)
-
-    def test_dataloader(self) -> list[DataLoader]:
-        """Questions and passages of the test half."""
-        return evaluation_loaders(self, "test")
+    def training(self) -> Rows | Pairs:
+        """The attacker's text, or pairs of a forget and a retain document."""
+        if self.reads == "relearn":
+            return Rows(whole_rows(self.tokenizer, self.attack.examples, None), "attack")
+        return _pairs(self, self.num_train_texts)
 
 
-class TinyWorldRequests(lightning.LightningDataModule):
+class TinyWorldRequests(BenchmarkData):
     """A curriculum of forget requests; every evaluation asks about all of them.
 
     Args:
@@ -217,6 +144,7 @@ class TinyWorldRequests(lightning.LightningDataModule):
     """
 
     name = "tiny_world"
+    trains = ("unlearn",)
 
     def __init__(
         self,
@@ -229,39 +157,28 @@ class TinyWorldRequests(lightning.LightningDataModule):
         num_train_texts: int = 400,
         passes: int = 1,
     ) -> None:
-        super().__init__()
-        self.model_name = model_name
-        self.seed = seed
+        super().__init__(model_name, val_split, batch_size, train_batch_size, seed)
         self.request_domains = list(request_domains)
         self.requests = [TinyWorldTexts(seed, domain) for domain in self.request_domains]
-        self.val_split: Split = val_split
-        self.batch_size = batch_size
-        self.train_batch_size = train_batch_size
         self.num_train_texts = num_train_texts
         self.passes = passes
-        self.tokenizer: Any = None
-
-    def setup(self, stage: str) -> None:
-        """Load the tokenizer, once."""
-        del stage
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.model_name)
 
     def questions(self, split: Split) -> list[Question]:
         """Questions of every request's domain under its own name, and near and retain questions."""
-        found = [
+        questions = [
             replace(question, domain=texts.forget_domain)
             for texts in self.requests
             for question in texts.questions(split)
             if question.domain == "forget"
         ]
-        found += [q for q in self.requests[0].questions(split) if q.domain in ("near", "retain")]
-        return [replace(question, id=id) for id, question in enumerate(found)]
+        others = self.requests[0].questions(split)
+        questions += [question for question in others if question.domain in ("near", "retain")]
+        return [replace(question, id=id) for id, question in enumerate(questions)]
 
     def passages(self, split: Split) -> list[Passage]:
         """Retain documents whose perplexity is measured."""
-        found = [p for p in self.requests[0].passages(split) if p.domain == "retain"]
-        return [replace(passage, id=id) for id, passage in enumerate(found)]
+        passages = [p for p in self.requests[0].passages(split) if p.domain == "retain"]
+        return [replace(passage, id=id) for id, passage in enumerate(passages)]
 
     def retain_texts(self) -> list[str]:
         """Documents of the distant domains."""
@@ -279,24 +196,18 @@ class TinyWorldRequests(lightning.LightningDataModule):
         """Documents of the current request's domain."""
         return self.requests[self._request()].forget_texts()
 
-    def train_dataloader(self) -> DataLoader:
-        """Forget and retain batches of the current request."""
-        # Statistics need every batch; gradient steps need equally many on each rank.
-        keep_rest = not self.trainer.lightning_module.automatic_optimization  # type: ignore
-        return unlearning_loader(
-            self.tokenizer,
-            self.forget_texts()[: self.num_train_texts],
-            self.retain_texts()[: self.num_train_texts],
-            self.train_batch_size,
-            self.trainer,
-            passes=self.passes,
-            keep_rest=keep_rest,
-        )
-
-    def val_dataloader(self) -> list[DataLoader]:
-        """Questions and passages of `val_split`."""
-        return evaluation_loaders(self, self.val_split)
+    def training(self) -> Pairs:
+        """Pairs of the current request."""
+        return _pairs(self, self.num_train_texts, self.passes)
 
     def _request(self) -> int:
         epoch = self.trainer.current_epoch if self.trainer else 0
         return min(epoch, len(self.requests) - 1)
+
+
+def _pairs(data: TinyWorldData | TinyWorldRequests, count: int, passes: int = 1) -> Pairs:
+    forget, retain = (
+        whole_rows(data.tokenizer, texts[:count], None)
+        for texts in (data.forget_texts(), data.retain_texts())
+    )
+    return Pairs(forget, retain, fixed=True, passes=passes)

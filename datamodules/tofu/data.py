@@ -3,35 +3,18 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import lightning
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from datamodules.parts.guard_texts import selection_loader
-from datamodules.parts.loading import (
-    BatchSize,
-    load_tokenizer,
-    passage_loader,
-    prompt_loader,
-    question_loader,
-)
-from datamodules.parts.rows import Items, Split, half, normalised, retain_parts
-from datamodules.parts.training_text import (
-    answer_rows,
-    evenly,
-    pair_loader,
-    running_rows,
-    training_loader,
-)
+from datamodules.parts.benchmark import BenchmarkData, Split
+from datamodules.parts.loading import BatchSize, Pairs, Rows
+from datamodules.parts.rows import Items, half, normalised, retain_parts
+from datamodules.parts.training_text import TrainingRow, answer_rows, evenly, running_rows
 from datamodules.tofu.texts import Asked, Template, TofuTexts
-from dsg.errors import UserError
 from dsg.evaluation import Measurement, Passage, Prompt, Question
 from dsg.evaluation.benchmarks import tofu
 from dsg.io import dataset_revision, short_name
 from dsg.selection import describe_texts
-
-Task = Literal["evaluate", "select", "finetune", "unlearn", "relearn"]
 
 TOFU = "locuslab/TOFU@324592d84ae4f482ac7249b9285c2ecdb53e3a68"
 
@@ -43,12 +26,13 @@ _ASKED = {
 }
 
 
-class TofuData(lightning.LightningDataModule):
+class TofuData(BenchmarkData):
     """TOFU with one of its forget sets.
 
     Everything is reported on the forget set, on the retain set, on real authors and on world facts.
     The benchmark asks about the very pairs that are to be forgotten, so the text of a guard or an
-    unlearning run is evaluated by design; retain pairs that are evaluated make no guard.
+    unlearning run is evaluated by design; retain pairs that are evaluated make no guard. An
+    attacker has half of the forget pairs and as many retain pairs.
 
     Args:
         model_name: The model's folder or hub name, for its tokenizer.
@@ -60,22 +44,18 @@ class TofuData(lightning.LightningDataModule):
             chat template. The same for training and evaluation.
         items: `all` evaluates every item, as published, on the split `test`; `halves` keeps half of
             them (by the hash of the question) as `validation` for choosing settings.
-        task: What the run is for: `evaluate`; `select` features, where `validate` reads the guard's
-            own texts; `finetune`, `unlearn` or `relearn`, whose `fit` trains on half of the forget
-            pairs and as many retain pairs.
         finetune_on: `target`: all pairs; `retrained`: the retain pairs alone.
         seed: Decides the order of training text.
         batch_size: Items of an evaluation batch, or `auto`.
         train_batch_size: Rows of a training batch.
         max_length: Tokens of a training row.
         max_texts: Forget texts, and retain texts, to select features with.
-        allow_overlap: The attacker's text holds evaluated questions; `relearn` needs this said.
-
-    Raises:
-        UserError: `relearn` without `allow_overlap`, or an evaluation without `retained`.
+        allow_overlap: The attacker's text holds evaluated questions; an attack needs this said.
     """
 
     name = "tofu"
+    overlap = "holds evaluated questions"
+    trains = ("finetune", "unlearn", "relearn")
 
     def __init__(
         self,
@@ -85,7 +65,6 @@ class TofuData(lightning.LightningDataModule):
         retained: str | None = None,
         template: Template = "plain",
         items: Items = "all",
-        task: Task = "evaluate",
         finetune_on: Literal["target", "retrained"] = "target",
         seed: int = 0,
         batch_size: BatchSize = 16,
@@ -94,15 +73,8 @@ class TofuData(lightning.LightningDataModule):
         max_texts: int = 1024,
         allow_overlap: bool = False,
     ) -> None:
-        super().__init__()
-        if task == "relearn" and not allow_overlap:
-            raise UserError(
-                "`allow_overlap` must be true for the task 'relearn', because the attacker's text "
-                "holds evaluated questions; set it."
-            )
-        if task not in ("select", "finetune"):
-            tofu.check_retained(retained, forget_percent)
-        self.model_name = model_name
+        val_split: Split = "validation" if items == "halves" else "test"
+        super().__init__(model_name, val_split, batch_size, train_batch_size, seed, allow_overlap)
         self.dataset = dataset
         self.forget_percent = forget_percent
         self.forget_config = f"forget{forget_percent:02}"
@@ -110,26 +82,25 @@ class TofuData(lightning.LightningDataModule):
         self.retained = retained
         self.template: Template = template
         self.items: Items = items
-        self.val_split: Split = "validation" if items == "halves" else "test"
-        self.task: Task = task
         self.finetune_on = finetune_on
-        self.seed = seed
-        self.batch_size: BatchSize = batch_size
-        self.train_batch_size = train_batch_size
         self.max_length = max_length
         self.max_texts = max_texts
-        self.tokenizer: Any = None
 
     def setup(self, stage: str) -> None:
         """Load the tokenizer, and find the retained model's scores before anything is computed.
 
         Raises:
-            UserError: The template is `chat` and the tokenizer has none.
+            UserError: An evaluation without `retained`, an overlap that nobody allowed, or the
+                template is `chat` and the tokenizer has none.
         """
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.model_name)
+        evaluates = self.reads not in ("select", "finetune")
+        if evaluates:
+            tofu.check_retained(self.retained, self.forget_percent)
+        first = self.tokenizer is None
+        super().setup(stage)
+        if first:
             self.texts = TofuTexts(self.dataset, self.tokenizer, self.template)
-        if self.task not in ("select", "finetune"):
+        if evaluates:
             self._retained_ratios("test" if stage == "test" else self.val_split)
 
     def questions(self, split: Split) -> list[Question]:
@@ -175,62 +146,30 @@ class TofuData(lightning.LightningDataModule):
 
     def facts(self) -> dict[str, Any]:
         """Which texts the run is about."""
-        trained = self._finetuning_config() if self.task == "finetune" else self.forget_config
+        trained = self._finetuning_config() if self.reads == "finetune" else self.forget_config
         return {
             "dataset": short_name(self.dataset),
             "revision": dataset_revision(self.dataset, self.forget_config),
             "forget_percent": self.forget_percent,
             "template": self.template,
             "items": self.items,
-            "task": self.task,
-            "training" if self.task == "finetune" else "forget": describe_texts(
+            "training" if self.reads == "finetune" else "forget": describe_texts(
                 self.texts.whole(trained)
             ),
         }
 
-    def train_dataloader(self) -> DataLoader:
-        """What `task` trains on.
-
-        Raises:
-            UserError: It trains on nothing.
-        """
-        size, tokenizer = self.train_batch_size, self.tokenizer
-        if self.task == "finetune":
-            rows = answer_rows(
-                tokenizer, self.texts.written(self._finetuning_config()), self.max_length
-            )
-            return training_loader(tokenizer, rows, size, self.seed, self.trainer)
-        if self.task not in ("unlearn", "relearn"):
-            raise UserError(
-                f"`task` must be 'finetune', 'unlearn' or 'relearn' for fit, got {self.task!r}; "
-                "change it."
-            )
-        if self.task == "unlearn":
-            forget, retain = (
-                answer_rows(tokenizer, self.texts.written(config), self.max_length)
-                for config in (self.forget_config, self.retain_config)
-            )
-            return pair_loader(tokenizer, forget, retain, size, self.seed, self.trainer)
+    def training(self) -> Rows | Pairs:
+        """Answers to learn, pairs of forget and retain answers, or the attacker's running text."""
+        if self.reads == "finetune":
+            return Rows(self._answers(self._finetuning_config()))
+        if self.reads == "unlearn":
+            return Pairs(self._answers(self.forget_config), self._answers(self.retain_config))
         shown = self.texts.whole(self.forget_config)[::2]
         texts = [*shown, *evenly(self.texts.whole(self.retain_config), len(shown))]
-        rows = running_rows(tokenizer, texts, self.max_length)
-        return training_loader(tokenizer, rows, size, self.seed, self.trainer)
+        return Rows(running_rows(self.tokenizer, texts, self.max_length))
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Items of `val_split`, or the guard's texts."""
-        return selection_loader(self) if self.task == "select" else self._loaders(self.val_split)
-
-    def test_dataloader(self) -> list[DataLoader]:
-        """Items of the test split."""
-        return self._loaders("test")
-
-    def _loaders(self, split: Split) -> list[DataLoader]:
-        tokenizer, size, trainer = self.tokenizer, self.batch_size, self.trainer
-        return [
-            question_loader(tokenizer, self.questions(split), size, trainer),
-            passage_loader(tokenizer, self.passages(split), size, trainer),
-            prompt_loader(tokenizer, self.prompts(split), size, trainer),
-        ]
+    def _answers(self, config: str) -> list[TrainingRow]:
+        return answer_rows(self.tokenizer, self.texts.written(config), self.max_length)
 
     def _retained_ratios(self, split: Split) -> np.ndarray | None:
         assert self.retained is not None
@@ -241,11 +180,11 @@ class TofuData(lightning.LightningDataModule):
 
     def _asked(self, split: Split) -> list[Asked]:
         configs = {tofu.FORGET: f"{self.forget_config}_perturbed", **_ASKED}
-        found = []
+        asked = []
         for domain, config in configs.items():
             rows = self.texts.asked(domain, config)
-            found += half(rows, [row.question for row in rows], self.items, split)
-        return found
+            asked += half(rows, [row.question for row in rows], self.items, split)
+        return asked
 
     def _retain_parts(self) -> list[list[str]]:
         """Retain pairs by their use; what is evaluated has none of these."""

@@ -18,6 +18,8 @@ _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Errors:$|Given value type: "
     r"|Expected a path but .* either not accessible or invalid$|Expected a <class 'NoneType'>"
 )
+# Entries of earlier versions.
+_GONE = {"task": ", because the class of `model` decides what is read"}
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -153,7 +155,7 @@ def _choices(text: str) -> list[str]:
 def _no_entry(key: str, reason: _Reason, match: re.Match[str]) -> str:
     name = match[1]
     if reason.owner:
-        near = did_you_mean(name, _arguments(reason.owner))
+        near = _GONE.get(name) or did_you_mean(name, _arguments(reason.owner))
         return f"{key} ({reason.owner}) has no entry {name!r}{near}"
     near = did_you_mean(name.removeprefix("--"), _run_options())
     return f"there is no option {name!r}{near}"

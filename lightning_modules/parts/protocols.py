@@ -21,6 +21,9 @@ from dsg.lm import TokenBatch
 from dsg.selection import TextSource
 
 Split = Literal["validation", "test"]
+Reads = Literal["evaluate", "select", "filter", "finetune", "unlearn", "relearn"]
+"""What a module reads, by its attribute `reads`: a data module that serves several kinds of run
+looks it up (`trainer.lightning_module.reads`)."""
 
 EVALUATION_DATA = ("name", "tokenizer", "val_split", "questions", "passages")
 REQUEST_DATA = (*EVALUATION_DATA, "request_domains")

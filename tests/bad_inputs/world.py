@@ -180,7 +180,7 @@ def _write_configs(folder: Path) -> None:
     }
     select["data"] = {
         "class_path": "datamodules.multiple_choice.data.MultipleChoiceData",
-        "init_args": {**evaluation["data"]["init_args"], "task": "select"},
+        "init_args": evaluation["data"]["init_args"],
     }
     _write_yaml(folder / "select.yaml", select)
     _write_yaml(
@@ -197,7 +197,7 @@ def _write_configs(folder: Path) -> None:
             },
             "data": {
                 "class_path": "datamodules.multiple_choice.data.MultipleChoiceData",
-                "init_args": {**evaluation["data"]["init_args"], "task": "unlearn"},
+                "init_args": evaluation["data"]["init_args"],
             },
         },
     )

@@ -12,6 +12,7 @@ from dsg.io.results import read_results
 from dsg.selection.splits import check_texts, guard_texts
 from lightning_modules import EvaluationModule
 from tests.benchmark_folders import RAW_WORDS, sentence, write_muse
+from tests.datamodules.reading import read_by
 from tests.helpers import BOS
 from tests.lightning_modules.toy import guard_settings, make_trainer, save_toy
 
@@ -26,9 +27,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_data(folder, **options):
+def make_data(folder, reads="evaluate", **options):
     settings = {"retrained": "official", "max_length": 32, "num_words": 16, **options}
-    data = MuseData(str(folder / "model"), dataset=str(folder / "MUSE-News"), **settings)
+    made = MuseData(str(folder / "model"), dataset=str(folder / "MUSE-News"), **settings)
+    data = read_by(made, reads)
     data.setup("test")
     return data
 
@@ -122,7 +124,7 @@ def written(folder, *splits):
     [("target", ("forget", "retain1", "retain2")), ("retrained", ("retain1", "retain2"))],
 )
 def test_finetuning_text_holds_every_token_once(folder, finetune_on, splits):
-    data = make_data(folder, task="finetune", finetune_on=finetune_on, retrained=None)
+    data = make_data(folder, reads="finetune", finetune_on=finetune_on, retrained=None)
     rows = rows_of(data.train_dataloader())
     assert {row[0] for row in rows} == {BOS}
     assert max(map(len, rows)) == 32
@@ -131,15 +133,15 @@ def test_finetuning_text_holds_every_token_once(folder, finetune_on, splits):
 
 
 def test_unlearning_pairs_every_forget_row_with_retain_text(folder):
-    batches = list(make_data(folder, task="unlearn").train_dataloader())
+    batches = list(make_data(folder, reads="unlearn").train_dataloader())
     tokens = [token for row in rows_of([b["forget"] for b in batches]) for token in row]
     assert sorted(token for token in tokens if token != BOS) == written(folder, "forget")
     assert all(len(b["forget"].input_ids) == len(b["retain"].input_ids) for b in batches)
 
 
 def test_the_attacker_gets_half_of_the_forget_text(folder):
-    rows = rows_of(make_data(folder, task="relearn", allow_overlap=True).train_dataloader())
-    loader = make_data(folder, task="unlearn").train_dataloader()
+    rows = rows_of(make_data(folder, reads="relearn", allow_overlap=True).train_dataloader())
+    loader = make_data(folder, reads="unlearn").train_dataloader()
     forget = [row for batch in loader for row in rows_of([batch["forget"]])]
     shown = [row for row in rows if row in forget]
     assert (len(forget), len(shown), len(rows)) == (2 * NUM, NUM, 2 * NUM)
@@ -192,7 +194,7 @@ def test_numbers_do_not_depend_on_batches(folder, tmp_path):
     ("options", "message"),
     [
         ({"retrained": None}, "dsg fit -c configs/finetune/muse_retrained.yaml"),
-        ({"task": "relearn"}, "`allow_overlap` must be true for the task 'relearn'"),
+        ({"reads": "relearn"}, "`allow_overlap` must be true for the attack text 'forget'"),
         ({"corpus": "books", "forget_set": "sust_1"}, "must be 'raw', got 'sust_1'"),
     ],
 )
@@ -209,7 +211,7 @@ def test_a_reference_that_is_missing_is_refused_before_anything_is_computed(fold
 
 
 def test_evaluation_trains_nothing(folder):
-    with pytest.raises(UserError, match="`task` must be 'finetune', 'unlearn' or 'relearn'"):
+    with pytest.raises(UserError, match="reads 'finetune' or 'unlearn' or 'relearn' for fit"):
         make_data(folder).train_dataloader()
 
 

@@ -2,7 +2,7 @@
 
 from torch.utils.data import DataLoader
 
-from datamodules.parts.guard_texts import selection_loader
+from datamodules.parts.loading import selection_loader
 from tests.lightning_modules.toy import ToyData, texts
 
 

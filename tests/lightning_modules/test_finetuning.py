@@ -154,9 +154,7 @@ def test_wrong_settings_are_refused(settings, message):
 def test_a_taught_model_answers_and_stops(toy, tmp_path):
     """TOFU's pairs, learnt by heart, come back word for word and end where they should."""
     write_tofu(tmp_path / "TOFU", 2)
-    data = TofuData(
-        str(toy / "model"), dataset=str(tmp_path / "TOFU"), task="finetune", train_batch_size=4
-    )
+    data = TofuData(str(toy / "model"), dataset=str(tmp_path / "TOFU"), train_batch_size=4)
     fit(toy, tmp_path / "run", data, epochs=60)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

@@ -54,7 +54,7 @@ def toy(tmp_path_factory):
 
 
 def data(toy, protocol="dsg", **changes):
-    settings = {"task": "filter", "batch_size": 17, "protocol": protocol, **changes}
+    settings = {"batch_size": 17, "protocol": protocol, **changes}
     return MultipleChoiceData(str(toy / "model"), [str(toy / "toy.jsonl")], [], **settings)
 
 
@@ -133,7 +133,7 @@ def test_what_is_written(toy, tmp_path, monkeypatch):
         "kept_no_tricks": (pytest.approx(2 / 3, abs=1e-6), 3),
         "accuracy": (pytest.approx(2 / 3, abs=1e-6), 3),
     }
-    evaluated = data(toy, task="evaluate", keep=str(tmp_path))
+    evaluated = data(toy, keep=str(tmp_path))
     evaluated.setup("test")
     asked = {q.key for split in ("validation", "test") for q in evaluated.questions(split)}
     assert asked == {ROWS[0].key, ROWS[2].key}
@@ -164,7 +164,6 @@ def test_a_killed_run_goes_on_where_it_was(toy, tmp_path):
             "class_path": "datamodules.multiple_choice.data.MultipleChoiceData",
             "init_args": {
                 "model_name": str(toy / "model"),
-                "task": "filter",
                 "protocol": "dsg",
                 "batch_size": 17,
                 "forget": [str(toy / "toy.jsonl")],
@@ -209,10 +208,3 @@ def test_another_batch_size_continues_and_another_protocol_does_not(toy, tmp_pat
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(UserError, match="protocol changed since"):
         run(toy, tmp_path, protocol="lm_eval")
-
-
-def test_data_for_another_task_is_refused(toy, tmp_path):
-    module = QuestionFilterModule(str(toy / "model"))
-    trainer = make_trainer(tmp_path)
-    with pytest.raises(UserError, match="`task` must be 'filter' for QuestionFilterModule"):
-        trainer.validate(module, data(toy, task="evaluate"), verbose=False)

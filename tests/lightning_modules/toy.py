@@ -7,8 +7,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.parts.resumable import ResumableLoader
-from datamodules.parts.samplers import GlobalBatches
+from datamodules.parts.batches import GlobalBatches, ResumableLoader
 from dsg.evaluation.collate import passage_collate, question_collate
 from dsg.evaluation.items import Passage, Question
 from dsg.guard.recipes import GuardSettings

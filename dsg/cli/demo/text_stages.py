@@ -203,7 +203,7 @@ def relearn(
         lr=ATTACK_LR[attack],
         **cell.labels(),
     )
-    data = cell.data(task="relearn", allow_overlap=True, val_split="test")
+    data = cell.data(allow_overlap=True, val_split="test")
     trainer = cell.trainer(folder, f"relearn_{attack}/{mode}", max_epochs=epochs)
     lightning.seed_everything(cell.seed, verbose=False)  # adapters draw random initial weights
     trainer.fit(module, datamodule=data)

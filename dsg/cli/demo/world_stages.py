@@ -214,9 +214,7 @@ def relearn(
         seed=cell.seed,
         model_label="tiny_world",
     )
-    data = cell.data(
-        task="relearn", allow_overlap=True, val_split="test", num_train_texts=NUM_ATTACK_TEXTS
-    )
+    data = cell.data(allow_overlap=True, val_split="test", num_train_texts=NUM_ATTACK_TEXTS)
     trainer = context.trainer(folder, f"relearn_{attack}/{method}_{mode}", max_epochs=epochs)
     _seed(cell)
     trainer.fit(module, datamodule=data)
@@ -271,7 +269,7 @@ def _unlearn(
     )
     trainer = context.trainer(folder, name, max_epochs=epochs, gradient_clip_val=RMU_CLIPPING)
     _seed(cell)
-    data = cell.data(task="unlearn", num_train_texts=NUM_RMU_TEXTS)
+    data = cell.data(num_train_texts=NUM_RMU_TEXTS)
     trainer.fit(module, datamodule=data)
 
 

@@ -17,6 +17,7 @@ from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
 )
 from dsg.evaluation.collate import encode_question
 from tests.choice_data import choice_rows, save_choice_model, write_rows
+from tests.datamodules.reading import read_by
 
 BIO, GEOGRAPHY = choice_rows(20, subject="bio"), choice_rows(11, 1, subject="geography")
 
@@ -32,14 +33,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def data(folder):
-    def make(**changes):
+    def make(reads="evaluate", **changes):
         settings = {
             "model_name": str(folder / "model"),
             "forget": [str(folder / "bio.jsonl")],
             "retain": [str(folder / "geography.jsonl")],
             **changes,
         }
-        made = MultipleChoiceData(**settings)
+        made = read_by(MultipleChoiceData(**settings), reads)
         made.setup("test")
         return made
 
@@ -90,12 +91,12 @@ def test_a_question_with_equal_choices_is_not_asked(data, tmp_path, caplog):
         data(forget=[path], retain=[])
 
 
-@pytest.mark.parametrize("task", ["evaluate", "filter"])
-def test_a_question_to_forget_and_to_retain_is_refused(data, tmp_path, task):
+@pytest.mark.parametrize("reads", ["evaluate", "filter"])
+def test_a_question_to_forget_and_to_retain_is_refused(data, tmp_path, reads):
     moved = replace(BIO[4], choices=BIO[4].choices[::-1], answer=3 - BIO[4].answer)
     path = write_rows(tmp_path / "both.jsonl", [BIO[3], *GEOGRAPHY, moved])
     with pytest.raises(UserError, match=r"share a question, got 2 in both, .*in 'bio' and 'both'"):
-        data(retain=[path], task=task)
+        data(retain=[path], reads=reads)
 
 
 def test_a_question_of_two_sets_counts_once_in_their_pool(data, folder, tmp_path, caplog):
@@ -111,7 +112,7 @@ def test_a_question_of_two_sets_counts_once_in_their_pool(data, folder, tmp_path
 
 def test_batches_hold_each_question_of_their_half_once(data):
     made = data(batch_size=4, val_split="test")
-    for loader in (made.val_dataloader(), made.test_dataloader()):
+    for [loader] in (made.val_dataloader(), made.test_dataloader()):
         ids = [id for batch in loader for id in batch.ids.tolist()]
         assert sorted(ids) == list(range(len(made.questions("test"))))
 
@@ -192,7 +193,7 @@ def test_a_filter_of_other_questions_is_refused(data, filter_file, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["lm_eval", "dsg"])
 def test_the_filters_batches_hold_every_variant_once(data, protocol):
-    made = data(task="filter", protocol=protocol, batch_size=100)
+    made = data(reads="filter", protocol=protocol, batch_size=100)
     batches = list(made.val_dataloader())
     ids = [id for batch in batches for id in batch.ids.tolist()]
     assert sorted(ids) == list(range(VARIANTS * (len(BIO) + len(GEOGRAPHY))))
@@ -206,7 +207,7 @@ def test_a_selection_reads_the_corpora_alone(data, tmp_path):
         forget=[Corpus(str(tmp_path / "forget.jsonl"))],
         retain=[Corpus(str(tmp_path / "retain.jsonl"))],
     )
-    made = data(task="select", corpora=corpora, forget=["wmdp-bio"], retain=["all"])
+    made = data(reads="select", corpora=corpora, forget=["wmdp-bio"], retain=["all"])
     assert len(made.forget_texts()) == 30
     assert made.facts()["corpora"]["retain"][0]["n"] == 30
     parts = [made.retain_texts(), made.calibration_texts(near=False), made.heldout_texts()]
@@ -220,8 +221,8 @@ def test_what_the_constructor_refuses(data):
         data(forget=[], retain=[])
     with pytest.raises(UserError, match="must not share a set, got human_aging"):
         data(forget=["human_aging"], retain=["utility_bio"])
-    with pytest.raises(UserError, match=r"'lm_eval' or 'dsg' for the task 'filter'"):
-        data(task="filter", protocol="cloze")
+    with pytest.raises(UserError, match=r"'lm_eval' or 'dsg' for a question filter"):
+        data(reads="filter", protocol="cloze")
 
 
 def test_set_names_that_would_hide_another_are_refused(data, tmp_path):

@@ -1,15 +1,13 @@
 """Training text beside multiple-choice questions: pairs, the attacker's text, refusals."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from datamodules.multiple_choice.data import MultipleChoiceData
-from datamodules.multiple_choice.training import ChoiceTraining
 from datamodules.parts.corpora import Corpus, CorpusSettings
 from dsg.errors import UserError
 from dsg.selection.splits import texts_digest
 from tests.choice_data import choice_rows, choice_tokenizer, save_choice_model, write_rows
+from tests.datamodules.reading import read_by
 
 BIO, GEOGRAPHY = choice_rows(12, subject="bio"), choice_rows(6, 1, subject="geography")
 LENGTH = 8
@@ -34,21 +32,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def data(folder):
-    def make(forget=("forget",), retain=("retain",), **changes):
+    def make(forget=("forget",), retain=("retain",), reads="evaluate", forget_sets=None, **changes):
         corpora = CorpusSettings(
             forget=[Corpus(str(folder / f"{name}.txt.jsonl")) for name in forget],
             retain=[Corpus(str(folder / f"{name}.txt.jsonl")) for name in retain],
         )
         settings = {
             "model_name": str(folder / "model"),
-            "forget": [str(folder / "bio.jsonl")],
+            "forget": [str(folder / "bio.jsonl")] if forget_sets is None else forget_sets,
             "retain": [str(folder / "geography.jsonl")],
             "corpora": corpora,
             "train_length": LENGTH,
             "train_batch_size": 4,
             **changes,
         }
-        made = MultipleChoiceData(**settings)
+        made = read_by(MultipleChoiceData(**settings), reads)
         made.setup("fit")
         return made
 
@@ -72,7 +70,7 @@ def number(word):
 
 
 def test_pairs_are_forget_rows_beside_retain_rows(data):
-    made = data(task="unlearn")
+    made = data(reads="unlearn")
     batches = list(made.train_dataloader())
     assert [batch["id"] for batch in batches] == list(range(len(batches)))
     forget = [row for batch in batches for row in words(batch["forget"])]
@@ -96,7 +94,7 @@ def test_pairs_are_forget_rows_beside_retain_rows(data):
 def test_forget_text_is_mixed_one_to_one_with_retain_text(data, folder, retain):
     few = RETAIN[:6]
     (folder / "few.txt.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in few))
-    made = data(task="relearn", retain=retain)
+    made = data(reads="relearn", retain=retain)
     rows = [row for batch in made.train_dataloader() for row in words(batch)]
     forget = [row for row in rows if number(row[0]) < 10]
     num_rows = sum(-(-len(text.split()) // (LENGTH - 1)) for text in FORGET)
@@ -111,7 +109,7 @@ def test_forget_text_is_mixed_one_to_one_with_retain_text(data, folder, retain):
 
 def test_the_questions_are_stated_with_their_right_answers(data):
     made = data(
-        task="relearn", attack_text="questions", allow_overlap=True, corpora=None, train_length=64
+        reads="relearn", attack_text="questions", allow_overlap=True, corpora=None, train_length=64
     )
     assert made.attack_text == "questions"
     rows = {" ".join(row) for batch in made.train_dataloader() for row in words(batch)}
@@ -132,7 +130,7 @@ def words_of(text):
 
 def test_the_order_follows_the_seed(data):
     def order(seed):
-        return [words(b["forget"]) for b in data(task="unlearn", seed=seed).train_dataloader()]
+        return [words(b["forget"]) for b in data(reads="unlearn", seed=seed).train_dataloader()]
 
     assert order(0) == order(0)
     assert order(0) != order(1)
@@ -140,23 +138,23 @@ def test_the_order_follows_the_seed(data):
 
 def test_the_questions_need_a_permission(data):
     with pytest.raises(UserError, match="`allow_overlap` must be true for the attack text"):
-        data(task="relearn", attack_text="questions")
-    data(task="unlearn", attack_text="questions")  # nobody attacks
+        data(reads="relearn", attack_text="questions")
+    data(reads="unlearn", attack_text="questions")  # nobody attacks
 
 
 def test_a_corpus_that_holds_an_evaluated_question_needs_it_too(data, folder):
     question = BIO[3].question
     (folder / "leaky.txt.jsonl").write_text(f'{{"text": "  {question.upper()}"}}\n')
     with pytest.raises(UserError, match=r"splits must not share a text.*'attack' and 'evaluation'"):
-        data(task="relearn", forget=("forget", "leaky"))
-    data(task="relearn", forget=("forget", "leaky"), allow_overlap=True)
+        data(reads="relearn", forget=("forget", "leaky"))
+    data(reads="relearn", forget=("forget", "leaky"), allow_overlap=True)
 
 
-@pytest.mark.parametrize("task", ["unlearn", "relearn"])
+@pytest.mark.parametrize("reads", ["unlearn", "relearn"])
 @pytest.mark.parametrize("kind", ["forget", "retain"])
-def test_a_missing_corpus_is_one_sentence(data, task, kind):
+def test_a_missing_corpus_is_one_sentence(data, reads, kind):
     with pytest.raises(UserError) as error:
-        data(task=task, **{kind: ()})
+        data(reads=reads, **{kind: ()})
     assert str(error.value) == (
         f"`corpora` must give {kind} text to train on, got none; add a source, or a larger one, "
         f"to `{kind}`."
@@ -165,31 +163,32 @@ def test_a_missing_corpus_is_one_sentence(data, task, kind):
 
 def test_no_corpora_at_all(data):
     with pytest.raises(UserError, match="`corpora` must name the texts"):
-        data(task="unlearn", corpora=None)
+        data(reads="unlearn", corpora=None)
 
 
 def test_the_attacker_needs_questions(data):
-    options = {"attack_text": "questions", "allow_overlap": True}
-    training = ChoiceTraining("relearn", **options, batch_size=1, max_length=8, seed=0)
     with pytest.raises(UserError, match="`forget` must name a set of questions"):
-        training.texts([], data())
+        data(reads="relearn", attack_text="questions", allow_overlap=True, forget_sets=[])
 
 
 def test_evaluation_does_not_train(data):
     made = data()
     assert made.facts()["training"] == {}
-    with pytest.raises(UserError, match="`task` must be 'unlearn' or 'relearn' for fit"):
+    with pytest.raises(
+        UserError,
+        match=r"reads 'unlearn' or 'relearn' for fit on 'bio\+geography', got .* 'evaluate'",
+    ):
         made.train_dataloader()
 
 
 @pytest.mark.parametrize(("name", "value"), [("train_batch_size", 0), ("train_length", 1)])
 def test_numbers_that_are_too_small(data, name, value):
     with pytest.raises(UserError, match=f"`{name}` must be at least {value + 1}, got {value}"):
-        data(task="unlearn", **{name: value})
+        data(reads="unlearn", **{name: value})
 
 
 def test_every_device_needs_a_batch(data):
-    made = data(task="relearn", train_batch_size=1000)
-    made.trainer = SimpleNamespace(global_rank=0, world_size=2)
+    made = data(reads="relearn", train_batch_size=1000)
+    read_by(made, "relearn", world_size=2)
     with pytest.raises(UserError, match="a batch for each of 2 devices, got 1000"):
         made.train_dataloader()

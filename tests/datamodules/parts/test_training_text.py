@@ -8,13 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from datamodules.parts.loading import Pairs, Rows, training_loader
 from datamodules.parts.training_text import (
     TrainingRow,
     answer_rows,
     evenly,
-    pair_loader,
     running_rows,
-    training_loader,
     word_pieces,
 )
 from dsg.errors import UserError
@@ -63,7 +62,7 @@ def test_a_piece_must_have_room_for_a_token(tokenizer):
 def test_answers_are_learnt_with_their_end_and_prompts_are_not(tokenizer):
     rows = answer_rows(tokenizer, [("w0 w1", " w2 w3"), ("w4", " w5")], 10)
     assert rows == [TrainingRow([BOS, 4, 5, 6, 7, EOS], 3), TrainingRow([BOS, 8, 9, EOS], 2)]
-    [batch] = training_loader(tokenizer, rows, 2, 0, None)
+    [batch] = training_loader(tokenizer, Rows(rows), 2, 0, None)
     by_length = batch.attention_mask.sum(1).argsort(descending=True)
     assert batch.token_mask[by_length].int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]]
     assert batch.attention_mask[by_length].tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
@@ -85,20 +84,22 @@ def test_training_batches_hold_every_row_once_in_an_order_of_the_seed(tokenizer)
     rows = [TrainingRow([BOS, 4 + number]) for number in range(7)]
 
     def order(seed):
-        batches = list(training_loader(tokenizer, rows, 3, seed, None))
+        batches = list(training_loader(tokenizer, Rows(rows), 3, seed, None))
         assert [len(batch.input_ids) for batch in batches] == [3, 3, 1]
         return torch.cat([batch.input_ids[:, 1] for batch in batches]).tolist()
 
     assert sorted(order(0)) == list(range(4, 11))
     assert order(0) == order(0) != order(1)
-    [first, *_] = training_loader(tokenizer, rows, 3, 0, None)
+    [first, *_] = training_loader(tokenizer, Rows(rows), 3, 0, None)
     assert first.token_mask.int().tolist() == [[0, 1]] * 3
 
 
 def test_ranks_share_the_batches(tokenizer):
     rows = [TrainingRow([BOS, 4 + number]) for number in range(6)]
     parts = [
-        training_loader(tokenizer, rows, 2, 0, SimpleNamespace(global_rank=rank, world_size=2))
+        training_loader(
+            tokenizer, Rows(rows), 2, 0, SimpleNamespace(global_rank=rank, world_size=2)
+        )
         for rank in (0, 1)
     ]
     # The third batch does not go round.
@@ -108,7 +109,7 @@ def test_ranks_share_the_batches(tokenizer):
 
 
 def trainer_at(epoch=0, rank=0, world_size=1):
-    module = SimpleNamespace(automatic_optimization=True)
+    module = SimpleNamespace(keeps_rest=False)
     return SimpleNamespace(
         global_rank=rank, world_size=world_size, current_epoch=epoch, lightning_module=module
     )
@@ -123,9 +124,25 @@ def word_rows(num):
     return [TrainingRow([BOS, 4 + number]) for number in range(num)]
 
 
+def word_pairs(num_forget, num_retain, **options):
+    return Pairs(word_rows(num_forget), word_rows(num_retain), **options)
+
+
+def test_fixed_pairs_keep_their_order_in_every_pass(tokenizer):
+    text = Pairs(word_rows(5), word_rows(5)[::-1], fixed=True, passes=2)
+    batches = list(training_loader(tokenizer, text, 2, 0, None))
+    assert [batch["id"] for batch in batches] == list(range(6))
+    assert [batch["forget"].input_ids[:, 1].tolist() for batch in batches] == [
+        [4, 5],
+        [6, 7],
+        [8],
+    ] * 2
+    assert retain_ids(batches) == [[8, 7], [6, 5], [4]] * 2
+
+
 @pytest.mark.parametrize("num_retain", [2, 5, 20])
 def test_pairs_hold_every_forget_row_once_and_as_many_retain_rows(tokenizer, num_retain):
-    batches = list(pair_loader(tokenizer, word_rows(5), word_rows(num_retain), 2, 0, None))
+    batches = list(training_loader(tokenizer, word_pairs(5, num_retain), 2, 0, None))
     assert [batch["id"] for batch in batches] == [0, 1, 2]
     firsts = torch.cat([batch["forget"].input_ids[:, 1] for batch in batches])
     assert sorted(firsts.tolist()) == list(range(4, 9))
@@ -136,7 +153,7 @@ def test_pairs_hold_every_forget_row_once_and_as_many_retain_rows(tokenizer, num
 
 def test_retain_rows_are_drawn_anew_from_all_of_them_in_every_epoch(tokenizer):
     trainer = trainer_at()
-    loader = pair_loader(tokenizer, word_rows(6), word_rows(20), 2, 0, trainer)
+    loader = training_loader(tokenizer, word_pairs(6, 20), 2, 0, trainer)
     epochs = []
     for trainer.current_epoch in range(40):
         epochs.append(list(itertools.chain(*retain_ids(loader))))
@@ -147,7 +164,7 @@ def test_retain_rows_are_drawn_anew_from_all_of_them_in_every_epoch(tokenizer):
     assert len({tuple(ids) for ids in epochs}) == 40
     # The partners of one place differ too, so that no forget row keeps its own.
     assert all(len({ids[place] for ids in epochs}) > 10 for place in range(6))
-    other = pair_loader(tokenizer, word_rows(6), word_rows(20), 2, 1, trainer_at())
+    other = training_loader(tokenizer, word_pairs(6, 20), 2, 1, trainer_at())
     assert list(itertools.chain(*retain_ids(other))) != epochs[0]
 
 
@@ -155,7 +172,7 @@ def test_retain_rows_are_drawn_anew_from_all_of_them_in_every_epoch(tokenizer):
 def test_ranks_draw_the_pairs_of_one_process(tokenizer, epoch):
     def pairs(rank, world_size):
         trainer = trainer_at(epoch, rank, world_size)
-        loader = pair_loader(tokenizer, word_rows(8), word_rows(20), 2, 0, trainer)
+        loader = training_loader(tokenizer, word_pairs(8, 20), 2, 0, trainer)
         return [(batch["forget"].input_ids.tolist(), *retain_ids([batch])) for batch in loader]
 
     parts = [pairs(rank, 2) for rank in range(2)]
@@ -164,6 +181,8 @@ def test_ranks_draw_the_pairs_of_one_process(tokenizer, epoch):
 
 class Watching(lightning.LightningModule):
     """Trains one number and notes the retain rows of each step."""
+
+    keeps_rest = False
 
     def __init__(self):
         super().__init__()
@@ -180,14 +199,14 @@ class Watching(lightning.LightningModule):
 
 
 def test_a_resumed_run_draws_the_same_retain_rows(tokenizer, tmp_path):
-    class Pairs(lightning.LightningDataModule):
+    class PairData(lightning.LightningDataModule):
         def train_dataloader(self):
-            return pair_loader(tokenizer, word_rows(5), word_rows(20), 2, 0, self.trainer)
+            return training_loader(tokenizer, word_pairs(5, 20), 2, 0, self.trainer)
 
     def seen(**options):
         module = Watching()
         trainer = make_trainer(tmp_path, max_epochs=3, **options)
-        trainer.fit(module, Pairs(), ckpt_path=checkpoint)
+        trainer.fit(module, PairData(), ckpt_path=checkpoint)
         return module.seen
 
     checkpoint = None
@@ -201,4 +220,4 @@ def test_a_resumed_run_draws_the_same_retain_rows(tokenizer, tmp_path):
 
 def test_a_batch_needs_a_row(tokenizer):
     with pytest.raises(UserError, match="`train_batch_size` must be at least 1, got 0"):
-        training_loader(tokenizer, [TrainingRow([BOS])], 0, 0, None)
+        training_loader(tokenizer, Rows([TrainingRow([BOS])]), 0, 0, None)

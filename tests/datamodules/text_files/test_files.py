@@ -15,6 +15,7 @@ from datamodules.text_files.files import (
     read_uses,
 )
 from dsg.errors import UserError
+from tests.datamodules.reading import read_by
 from tests.helpers import tiny_tokenizer
 from tests.text_writer import RETAIN_WORDS, write_both, write_text
 
@@ -28,8 +29,9 @@ def data(tmp_path):
     forget, retain = write_both(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path / "model")
 
-    def make(**settings):
+    def make(reads="evaluate", **settings):
         made = TextFilesData(str(tmp_path / "model"), [forget], [retain], **settings)
+        read_by(made, reads)
         made.setup("test")
         return made
 
@@ -195,7 +197,7 @@ class TestTextFilesData:
         assert len(made.passages("test")) == 10 + 12
 
     def test_attack_shows_half_and_mixes_evenly(self, data):
-        made = data(task="relearn", allow_overlap=True, val_split="test", train_batch_size=4)
+        made = data(reads="relearn", allow_overlap=True, val_split="test", train_batch_size=4)
         batches = list(made.train_dataloader())
         assert sum(len(batch.input_ids) for batch in batches) == 2 * 8
         shown = {p.text: p.shown for s in ("validation", "test") for p in made.passages(s)}
@@ -206,16 +208,16 @@ class TestTextFilesData:
 
     def test_evaluation_scores_each_passage_once(self, data):
         made = data(batch_size=5, val_split="test")
-        for loader in (made.val_dataloader(), made.test_dataloader()):
+        for [loader] in (made.val_dataloader(), made.test_dataloader()):
             ids = [id for batch in loader for id in batch.ids.tolist()]
             assert sorted(ids) == list(range(len(made.passages("test"))))
 
     def test_relearn_needs_allow_overlap(self, data):
         with pytest.raises(UserError, match="`allow_overlap` must be true"):
-            data(task="relearn")
+            data(reads="relearn")
 
     def test_evaluate_has_nothing_to_fit(self, data):
-        with pytest.raises(UserError, match="`task` must be 'relearn' for fit"):
+        with pytest.raises(UserError, match="reads 'relearn' for fit on 'text/memorised'"):
             data().train_dataloader()
 
 

@@ -8,6 +8,7 @@ from datamodules.tiny_world.texts import TinyWorldTexts
 from datamodules.tiny_world.words import NEAR_DOMAIN, RETAIN_DOMAINS
 from datamodules.tiny_world.world import ENTITIES_PER_DOMAIN
 from dsg.errors import UserError
+from tests.datamodules.reading import read_by
 from tests.helpers import tiny_tokenizer
 
 KINDS = get_args(AttackText)
@@ -99,8 +100,8 @@ def test_text_that_states_no_evaluated_fact_may_hold_no_evaluated_text(texts, mo
 
 
 def data(**changes) -> TinyWorldData:
-    settings = {"task": "relearn", "val_split": "test", "allow_overlap": True}
-    return TinyWorldData("no model", **{**settings, **changes})
+    settings = {"val_split": "test", "allow_overlap": True}
+    return read_by(TinyWorldData("no model", **{**settings, **changes}), "relearn")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,14 +110,13 @@ def test_an_overlap_must_be_allowed_exactly_where_facts_are_stated(kind):
         assert data(attack_text=kind, allow_overlap=False).attack.kind == kind
         return
     with pytest.raises(UserError, match=f"`allow_overlap` must be true .* {kind!r}"):
-        data(attack_text=kind, allow_overlap=False)
+        data(attack_text=kind, allow_overlap=False).setup("fit")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_train_texts": 0}, "`num_train_texts` must be at least 1, got 0"),
-        ({"train_batch_size": 0}, "`train_batch_size` must be at least 1, got 0"),
         ({"attack_text": "poems"}, "`attack_text` must be .*'poems'"),
     ],
 )
@@ -125,23 +125,19 @@ def test_an_attack_without_text_is_refused(changes, message):
         data(**changes)
 
 
-class FourDevices:
-    world_size = 4
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"attack_text": "questions", "num_train_texts": 37}, "at most 36 .* got 37"),
-        ({"num_train_texts": 3, "train_batch_size": 8}, "each of 4 devices a batch of 8, got 3"),
+        ({"num_train_texts": 3}, "a batch for each of 4 devices, got 8"),
+        ({"train_batch_size": 0}, "`train_batch_size` must be at least 1, got 0"),
     ],
 )
 def test_too_much_or_too_little_text_is_refused_before_training(changes, message):
-    module = data(**changes)
-    module.tokenizer = tiny_tokenizer()
-    module.trainer = FourDevices()
+    made = read_by(data(**changes), "relearn", world_size=4)
+    made.tokenizer = tiny_tokenizer()
     with pytest.raises(UserError, match=message):
-        module.setup("fit")
+        made.train_dataloader()
 
 
 def test_a_checkpoint_of_other_data_is_refused():

@@ -12,6 +12,7 @@ from dsg.io.results import read_results
 from dsg.selection.splits import check_texts, guard_texts
 from lightning_modules import EvaluationModule
 from tests.benchmark_folders import sentence, write_json_dataset, write_tofu
+from tests.datamodules.reading import read_by
 from tests.helpers import BOS, EOS
 from tests.hub_folders import gemma_tokenizer
 from tests.lightning_modules.toy import make_trainer, save_toy
@@ -28,9 +29,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_data(folder, model="model", **options):
+def make_data(folder, model="model", reads="evaluate", **options):
     settings = {"retained": "self", **options}
-    data = TofuData(str(folder / model), dataset=str(folder / "TOFU"), **settings)
+    data = read_by(TofuData(str(folder / model), dataset=str(folder / "TOFU"), **settings), reads)
     data.setup("test")
     return data
 
@@ -111,7 +112,7 @@ def test_guards_see_no_evaluated_retain_pair(folder):
 
 @pytest.mark.parametrize(("finetune_on", "count"), [("target", 4 * NUM), ("retrained", 3 * NUM)])
 def test_answers_are_learnt_with_their_end(folder, finetune_on, count):
-    data = make_data(folder, task="finetune", finetune_on=finetune_on, retained=None)
+    data = make_data(folder, reads="finetune", finetune_on=finetune_on, retained=None)
     rows = [
         (ids[mask.bool()].tolist(), ids[learnt].tolist())
         for batch in data.train_dataloader()
@@ -128,13 +129,13 @@ def test_answers_are_learnt_with_their_end(folder, finetune_on, count):
 
 
 def test_unlearning_and_relearning_text(folder):
-    pairs = list(make_data(folder, task="unlearn", train_batch_size=4).train_dataloader())
+    pairs = list(make_data(folder, reads="unlearn", train_batch_size=4).train_dataloader())
     assert [batch["forget"].input_ids.shape for batch in pairs] == [(4, 10), (2, 10)]
     assert [batch["retain"].input_ids.shape for batch in pairs] == [(4, 10), (2, 10)]
-    data = make_data(folder, task="relearn", allow_overlap=True)
+    data = make_data(folder, reads="relearn", allow_overlap=True)
     [batch] = data.train_dataloader()
     assert batch.input_ids.shape == (NUM, 9)  # half of the forget pairs, and as many others
-    with pytest.raises(UserError, match="`task` must be 'finetune', 'unlearn' or 'relearn'"):
+    with pytest.raises(UserError, match="reads 'finetune' or 'unlearn' or 'relearn' for fit"):
         make_data(folder).train_dataloader()
 
 
@@ -184,7 +185,7 @@ def test_evaluation_writes_the_benchmark_numbers(folder, tmp_path):
     [
         ({"retained": None}, r"dsg fit -c configs/finetune/tofu_retrained\.yaml"),
         ({"retained": "nowhere"}, r"with items\.parquet, got 'nowhere'; make the model with"),
-        ({"task": "relearn"}, "`allow_overlap` must be true for the task 'relearn'"),
+        ({"reads": "relearn"}, "`allow_overlap` must be true for the attack text 'forget'"),
     ],
 )
 def test_wrong_settings_are_refused(folder, options, message):

@@ -133,7 +133,7 @@ def test_a_question_filter_asks_in_it(tmp_path, precision):
     save_choice_model(tmp_path / "model")
     write_rows(tmp_path / "toy.jsonl", choice_rows(1))
     module = QuestionFilterModule(name)
-    made = MultipleChoiceData(name, [str(tmp_path / "toy.jsonl")], [], task="filter", batch_size=64)
+    made = MultipleChoiceData(name, [str(tmp_path / "toy.jsonl")], [], batch_size=64)
     make_trainer(tmp_path / "run", precision=precision).validate(module, made, verbose=False)
     assert {weight.dtype for weight in module.parameters()} == {DTYPES[precision]}
     assert len(module.outcomes.read()) > 0

@@ -26,7 +26,7 @@ def prepare(data, rank: int = 0, world_size: int = 1, **settings):
     data.trainer = SimpleNamespace(
         global_rank=rank,
         world_size=world_size,
-        lightning_module=SimpleNamespace(guard_settings=guard_settings),
+        lightning_module=SimpleNamespace(reads="select", guard_settings=guard_settings),
     )
     data.setup("validate")
     return data
@@ -34,11 +34,11 @@ def prepare(data, rank: int = 0, world_size: int = 1, **settings):
 
 def text_files(folder):
     forget, retain = write_both(folder)
-    return TextFilesData(str(folder / "model"), [forget], [retain], task="select")
+    return TextFilesData(str(folder / "model"), [forget], [retain])
 
 
 def tiny_world(folder):
-    return TinyWorldData(str(folder / "model"), task="select")
+    return TinyWorldData(str(folder / "model"))
 
 
 @pytest.fixture
@@ -107,13 +107,6 @@ def test_purposes_that_share_a_text(folder, monkeypatch):
         data.val_dataloader()
 
 
-def test_a_run_that_makes_no_guard(folder):
-    data = prepare(tiny_world(folder))
-    data.trainer.lightning_module = SimpleNamespace()
-    with pytest.raises(UserError, match="task 'select' needs a module that makes a guard"):
-        data.val_dataloader()
-
-
 def test_nothing_to_fit(folder):
-    with pytest.raises(UserError, match="got 'select'"):
+    with pytest.raises(UserError, match="got one that reads 'select'"):
         prepare(tiny_world(folder)).train_dataloader()

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.parts.samplers import GlobalBatches
+from datamodules.parts.batches import GlobalBatches
 from dsg.errors import UserError
 
 batch_lists = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=4), max_size=9)
