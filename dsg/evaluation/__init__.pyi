@@ -7,13 +7,13 @@ from .compare import Comparison as Comparison
 from .compare import Overlap as Overlap
 from .compare import choose as choose
 from .compare import compare_runs as compare_runs
-from .continuation import continuation_rouge as continuation_rouge
-from .continuation import is_measurable as is_measurable
-from .continuation import mean_rouge as mean_rouge
 from .gather import PerSample as PerSample
 from .gather import columns_of as columns_of
 from .gather import score as score
 from .gather import score_all as score_all
+from .generation import continuation_rouge as continuation_rouge
+from .generation import is_measurable as is_measurable
+from .generation import mean_rouge as mean_rouge
 from .generation import said_text as said_text
 from .items import AnyBatch as AnyBatch
 from .items import Item as Item

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsg.errors import UserError
-from dsg.evaluation.continuation import (
+from dsg.evaluation.generation import (
     continuation_rouge,
     greedy_continuation,
     is_measurable,

@@ -5,8 +5,8 @@ import torch
 
 from dsg.errors import UserError
 from dsg.evaluation.collate import passage_collate, prompt_collate, question_collate
-from dsg.evaluation.continuation import greedy_continuation
 from dsg.evaluation.gather import score
+from dsg.evaluation.generation import greedy_continuation
 from dsg.evaluation.items import Prompt
 from dsg.lm.finite import check_weights, finite_loss
 from dsg.lm.tokens import pad_sequences
