@@ -19,7 +19,7 @@ from dsg.evaluation.benchmarks.mt_bench.conversations import (
     check_room,
     hold,
 )
-from dsg.evaluation.benchmarks.mt_bench.grader import Grader
+from dsg.evaluation.benchmarks.mt_bench.grading import Grader
 from dsg.evaluation.benchmarks.mt_bench.judge import JudgeSettings
 from dsg.evaluation.benchmarks.mt_bench.scores import (
     Answers,

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from dsg.errors import UserError
-from dsg.evaluation.benchmarks.mt_bench.grader import make_judge
+from dsg.evaluation.benchmarks.mt_bench.grading import make_judge
 from dsg.evaluation.benchmarks.mt_bench.judge import (
     JudgeFailure,
     JudgeSettings,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsg.errors import UserError
-from dsg.evaluation.benchmarks.mt_bench.grader import make_judge
+from dsg.evaluation.benchmarks.mt_bench.grading import make_judge
 from dsg.evaluation.benchmarks.mt_bench.judge import JudgeSettings
 from tests.conversations import save_chat_model
 from tests.helpers import tiny_model, tiny_tokenizer
