@@ -5,15 +5,7 @@ import random
 from pathlib import Path
 
 from dsg.io.results import row, write_results, write_run_facts
-from dsg.report.files import (
-    ChosenSettings,
-    Densities,
-    FeatureDescription,
-    TokenContext,
-    write_densities,
-    write_features,
-    write_settings,
-)
+from dsg.report.files import ChosenSettings, Densities, write_drawn
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -59,7 +51,7 @@ def write_run(run_dir: Path, seeds: tuple[int, ...] = (0,)) -> None:
 
 
 def write_side_files(run_dir: Path, hostile: str = "virus") -> None:
-    """`densities.json`, `features.json`, `settings.json`, `run.json`."""
+    """`report.json` and `run.json`."""
     noise = random.Random(7)
     centres = {"forget": (0.42, 144), "near": (0.12, 144), "other_hazards": (0.17, 288)}
     centres["retain"] = (0.06, 720)
@@ -67,29 +59,34 @@ def write_side_files(run_dir: Path, hostile: str = "virus") -> None:
         name: [min(1.0, max(0.0, noise.gauss(centre, 0.07))) for _ in range(size)]
         for name, (centre, size) in centres.items()
     }
-    write_densities(run_dir, {"dsg": Densities(threshold=0.19, domains=densities)})
+    names = ("before", "token", "after", "activation")
     contexts = [
-        TokenContext("Patients infected with ", hostile, " lose their sense of taste", 4.21),
-        TokenContext("The reservoir of ", "Morvex", " is the marsh heron of the", 3.9),
+        dict(zip(names, context, strict=True))
+        for context in (
+            ("Patients infected with ", hostile, " lose their sense of taste", 4.21),
+            ("The reservoir of ", "Morvex", " is the marsh heron of the", 3.9),
+        )
     ]
-    write_features(
+    features = [
+        {"feature_id": 17, "forget_score": 0.812, "ratio": 914.2, "contexts": contexts}
+        | {"promoted": [" marsh", " heron", hostile]},
+        {"feature_id": 403, "forget_score": 0.4, "ratio": None, "contexts": contexts[:1]}
+        | {"promoted": ["fever"]},
+    ]
+    settings = [
+        ChosenSettings(
+            method="dsg",
+            chosen={"num_features": 20, "clamp_value": -20.0, "ratio_percentile": 98.0},
+            tried=24,
+            validation={"forget_accuracy": 0.2222, "retain_accuracy": 0.9611},
+        ),
+        ChosenSettings("rmu", {"alpha": 20.0}, 5, {"forget_accuracy": 0.31}),
+    ]
+    write_drawn(
         run_dir,
-        [
-            FeatureDescription(17, 0.812, 914.2, contexts, [" marsh", " heron", hostile]),
-            FeatureDescription(403, 0.4, None, contexts[:1], ["fever"]),
-        ],
-    )
-    write_settings(
-        run_dir,
-        [
-            ChosenSettings(
-                method="dsg",
-                chosen={"num_features": 20, "clamp_value": -20.0, "ratio_percentile": 98.0},
-                tried=24,
-                validation={"forget_accuracy": 0.2222, "retain_accuracy": 0.9611},
-            ),
-            ChosenSettings("rmu", {"alpha": 20.0}, 5, {"forget_accuracy": 0.31}),
-        ],
+        densities={"dsg": Densities(threshold=0.19, domains=densities)},
+        features=features,
+        settings=settings,
     )
     write_run_facts(
         run_dir, {"command": "dsg demo", "seconds": 231.4, "configuration": {"note": hostile}}

@@ -196,7 +196,7 @@ def test_the_demo_runs_resumes_and_reports(tmp_path: Path) -> None:
     }
     assert {row["method"] for row in rows if row["request"] is not None} == {"dsg", "rmu"}
     assert {row["split"] for row in rows} == {"test"}
-    for name in ("report.html", "run.json", "densities.json", "features.json", "settings.json"):
+    for name in ("report.html", "run.json", "report.json", "table.csv"):
         assert (tmp_path / "run" / name).is_file(), name
     assert list((tmp_path / "run").rglob("run-*.wandb"))
 

@@ -3,6 +3,16 @@ from .collate import encode_question as encode_question
 from .collate import passage_collate as passage_collate
 from .collate import prompt_collate as prompt_collate
 from .collate import question_collate as question_collate
+from .columns import ATTACKED as ATTACKED
+from .columns import COLUMNS as COLUMNS
+from .columns import COMPARED as COMPARED
+from .columns import DOMAINS as DOMAINS
+from .columns import METHODS as METHODS
+from .columns import METRICS as METRICS
+from .columns import Column as Column
+from .columns import domain_name as domain_name
+from .columns import method_name as method_name
+from .columns import metric_of as metric_of
 from .compare import Comparison as Comparison
 from .compare import Overlap as Overlap
 from .compare import choose as choose

@@ -1,7 +1,4 @@
-"""From the files of a run to what people read: HTML page, terminal table, overview picture.
-
-`dsg.report.features` and the writers in `dsg.report.files` are imported from where they are.
-"""
+"""From the files of a run to what people read: HTML page, terminal table, overview picture."""
 
 import lazy_loader
 

@@ -1,12 +1,10 @@
 from .build import build_report as build_report
 from .build import save_overview_png as save_overview_png
-from .features import describe_features as describe_features
+from .files import TABLE_FILE as TABLE_FILE
 from .files import ChosenSettings as ChosenSettings
 from .files import Densities as Densities
-from .files import FeatureDescription as FeatureDescription
-from .files import write_densities as write_densities
-from .files import write_features as write_features
-from .files import write_settings as write_settings
-from .measurements import method_name as method_name
-from .outcome import outcome_table as outcome_table
+from .files import table_rows as table_rows
+from .files import write_drawn as write_drawn
+from .files import write_table as write_table
+from .tables import outcome_table as outcome_table
 from .tables import results_table as results_table

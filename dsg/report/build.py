@@ -1,40 +1,58 @@
 """`report.html`: one self-contained page from the files of a run."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dsg.io import read_results, write_atomically
-from dsg.report import charts, markup
-from dsg.report.cells import write_cells
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dsg.evaluation import CHANCE, METRICS, domain_name, method_name
+from dsg.io import read_results, read_run_facts, write_atomically
+from dsg.report import charts
 from dsg.report.charts import CurveMetric, Series
-from dsg.report.files import read_densities
-from dsg.report.headline import ATTACKS, findings
-from dsg.report.markup import Html
-from dsg.report.measurements import (
-    Cell,
-    Measurements,
-    domain_name,
-    interval_note,
-    method_name,
-)
-from dsg.report.passages import passage_findings
-from dsg.report.provenance import LIMITS, facts_tables, features_table, settings_table
-from dsg.report.tables import main_cells, main_tables, table_cell
+from dsg.report.files import Densities, read_drawn, write_table
+from dsg.report.findings import ATTACKS, findings
+from dsg.report.measurements import Cell, Measurements, interval_note
+from dsg.report.tables import compare_methods, interval, main_cells, number
 
 REPORT_FILE = "report.html"
+TEMPLATE_FILE = "report.html.jinja"
 
 _OVERVIEW_DOMAINS = ("forget_unshown", "forget_shown", "forget")
 _PANELS = ("forget", "forget_shown", "forget_unshown", "retain")
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A chart of the page, and the right ends of its lines as a table.
+
+    Attributes:
+        svg: The chart.
+        caption: Its caption.
+        panels: Titles of its panels, if its lines end in a table.
+        ends: Name of a line -> its last cell in each panel.
+        ends_caption: Caption of that table.
+        metric: What the lines show.
+    """
+
+    svg: Markup
+    caption: str
+    panels: tuple[str, ...] = ()
+    ends: Mapping[str, list[Cell | None]] | None = None
+    ends_caption: str = ""
+    metric: CurveMetric = "accuracy"
+
+
 def build_report(run_dir: str | Path) -> Path:
-    """Write `report.html` and `cells.csv` into a run folder.
+    """Write `report.html` and `table.csv` into a run folder.
 
     Sections without data say so in one line.
 
     Args:
-        run_dir: Folder with `results.jsonl` and, if there, `run.json` and the files of
-            `dsg.report.files`.
+        run_dir: Folder with `results.jsonl` and, if there, `run.json` and `report.json`.
 
     Returns:
         Path of the page.
@@ -42,23 +60,22 @@ def build_report(run_dir: str | Path) -> Path:
     Raises:
         UserError: `results.jsonl` is missing, or a file is malformed.
     """
-    measurements = Measurements(read_results(run_dir))
-    write_cells(run_dir)
-    sections = (
-        ("headline", "What the numbers say", _headline(measurements)),
-        ("methods", "Methods side by side", main_tables(measurements)),
-        ("density", "What the gate sees", _density(run_dir)),
-        ("trade-off", "Forgetting and what it costs", _scatter(measurements)),
-        ("relearning", "Relearning attacks", _relearning(measurements)),
-        ("sequential", "One forget request after another", _sequential(measurements)),
-        ("features", "The strongest selected features", features_table(run_dir)),
-        ("settings", "Settings chosen on the validation half", settings_table(run_dir)),
-        ("limits", "Threat model and limits", LIMITS),
-        ("provenance", "How the numbers were made", facts_tables(run_dir)),
+    rows, drawn = read_results(run_dir), read_drawn(run_dir)
+    measurements = Measurements(rows)
+    write_table(run_dir, [*rows, *drawn.times])
+    page = _template().render(
+        findings=findings(measurements),
+        comparisons=compare_methods(measurements),
+        densities=list(_densities(drawn.densities)),
+        trade_offs=list(_trade_offs(measurements)),
+        relearning=list(_relearning(measurements)),
+        sequential=list(_sequential(measurements)),
+        features=drawn.features,
+        settings=drawn.settings,
+        facts=read_run_facts(run_dir),
+        chance=f"{CHANCE:.0%}",
+        alignment=METRICS["alignment"].meaning,
     )
-    absent = markup.element("p", "Not measured in this run.", class_="absent")
-    content = (markup.section(name, title, body or absent) for name, title, body in sections)
-    page = markup.page("Dynamic SAE Guardrails: results of this run", *content)
     return write_atomically(Path(run_dir) / REPORT_FILE, page)
 
 
@@ -77,45 +94,44 @@ def save_overview_png(run_dir: str | Path, path: str | Path) -> Path:
     domain = next((name for name in _OVERVIEW_DOMAINS if attacked.where(domain=name).rows), None)
     lines = _series(attacked.where(domain=domain), "epoch") if domain else []
     title = f"Relearning by full fine-tuning: {domain_name(domain) if domain else 'not measured'}"
-    figure = charts.overview(_trade_off(_first_group(measurements)), title, lines)
+    # A sequence of requests compares no methods.
+    groups = (group for _, group in measurements.groups() if main_cells(group))
+    figure = charts.overview(_trade_off(next(groups, measurements)), title, lines)
     figure.savefig(path, dpi=160, metadata={"Software": None})
     return Path(path)
 
 
-def _headline(measurements: Measurements) -> Html:
-    found = findings(measurements) or passage_findings(measurements)
-    parts = []
-    titles = {
-        "for": "Speaks for the guard",
-        "against": "Speaks against it",
-        "caution": "Read with care",
-    }
-    for side, title in titles.items():
-        texts = [finding.text for finding in found if finding.side == side]
-        if texts:
-            parts += [markup.element("h3", title), markup.bullets(texts)]
-    return markup.join(parts)
-
-
-def _density(run_dir: str | Path) -> Html:
-    figures = []
-    for number, (method, densities) in enumerate(read_densities(run_dir).items()):
-        if not any(densities.domains.values()):
-            continue
-        name = method_name(method)
-        label = f"Histograms of the density by domain for {name}, with the threshold."
-        svg = charts.to_svg(charts.density_histograms(densities), f"density{number}", label)
-        figures.append(markup.chart(svg, f"{name}: share of sequences by density."))
-    intro = (
-        "Density is the share of a sequence's tokens on which a selected feature is active. "
-        "The gate triggers above the threshold, which comes from retain sequences alone."
+def _template() -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return _with_intro(intro, figures)
+    environment.filters |= {
+        "number": number,
+        "interval": interval,
+        "method_name": method_name,
+        "domain_name": domain_name,
+        "interval_note": interval_note,
+        "short": lambda value: f"{value:.4g}" if isinstance(value, float) else str(value),
+        "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+    }
+    return environment.get_template(TEMPLATE_FILE)
 
 
-def _scatter(measurements: Measurements) -> Html:
-    figures = []
-    for number, (title, group) in enumerate(measurements.groups()):
+def _densities(densities: Mapping[str, Densities]) -> Iterator[Figure]:
+    for place, (method, measured) in enumerate(densities.items()):
+        if any(measured.domains.values()):
+            name = method_name(method)
+            label = f"Histograms of the density by domain for {name}, with the threshold."
+            svg = charts.to_svg(charts.density_histograms(measured), f"density{place}", label)
+            yield Figure(svg, f"{name}: share of sequences by density.")
+
+
+def _trade_offs(measurements: Measurements) -> Iterator[Figure]:
+    for place, (title, group) in enumerate(measurements.groups()):
         cells = _trade_off(group)
         if not cells:
             continue
@@ -123,94 +139,76 @@ def _scatter(measurements: Measurements) -> Html:
             f"{method_name(method)}: forget {forget.value:.1%}, retain {retain.value:.1%}"
             for method, (forget, retain) in cells.items()
         )
-        svg = charts.to_svg(
-            charts.forget_retain_scatter(cells), f"tradeoff{number}", f"Scatter. {described}."
-        )
+        figure = charts.forget_retain_scatter(cells)
+        svg = charts.to_svg(figure, f"tradeoff{place}", f"Scatter. {described}.")
         num_seeds = max(retain.num_seeds for _, retain in cells.values())
         note = interval_note(num_seeds).replace("Brackets", "Bars")
-        figures.append(markup.chart(svg, f"{title + '. ' if title else ''}{note}"))
-    return _with_intro("The best place is the upper left, at the dotted line.", figures)
+        yield Figure(svg, f"{title}. {note}" if title else note)
 
 
-def _relearning(measurements: Measurements) -> Html:
-    attacks = measurements.excluding(attack=None)
-    metric: CurveMetric = "accuracy" if attacks.where(metric="accuracy").rows else "perplexity"
-
-    def figure(attack: str, name: str) -> Html | None:
-        attacked = attacks.where(attack=attack, metric=metric)
-        caption = f"After {name} on forget text mixed with retain text."
-        return _curves(attacked, "epoch", attack, "epoch of the attack", caption, metric)
-
-    figures = filter(None, (figure(attack, name) for attack, name in ATTACKS.items()))
-    told = {
-        "accuracy": ("facts", "Dotted line: chance."),
-        "perplexity": ("passages", "The lower the perplexity, the better a text is known."),
-    }
-    what, reading = told[metric]
-    intro = (
-        f"An attacker fine-tunes the model on part of the forget {what}. Test-time: the guard is "
-        "put on afterwards. Train-time: it is on during the attack too. Guard removed: the "
-        f"attacker holds the weights and takes it off. {reading}"
-    )
-    return _with_intro(intro, list(figures))
+def _relearning(measurements: Measurements) -> Iterator[Figure]:
+    asked = measurements.excluding(attack=None).where(metric="accuracy").rows
+    metric: CurveMetric = "accuracy" if asked else "perplexity"
+    for attack, name in ATTACKS.items():
+        attacked = measurements.where(attack=attack, metric=metric)
+        panels = {
+            domain_name(domain): lines
+            for domain in _PANELS
+            if (lines := _series(attacked.where(domain=domain), "epoch"))
+        }
+        if panels:
+            caption = f"After {name} on forget text mixed with retain text."
+            label = "epoch of the attack"
+            yield _curves(panels, attack, label, label, caption, metric)
 
 
-def _sequential(measurements: Measurements) -> Html:
+def _sequential(measurements: Measurements) -> Iterator[Figure]:
     rows = measurements.where(attack=None, metric="accuracy").excluding(request=None, guard="off")
-    figures = []
-    for number, method in enumerate(rows.distinct("method")):
-        found = rows.where(method=method)
-        domains = [name for name in found.distinct("domain") if name not in ("forget", "near")]
+    for place, method in enumerate(rows.distinct("method")):
+        of_method = rows.where(method=method)
         lines = [
-            Series(domain_name(name), _points(found.where(domain=name), "request"))
-            for name in domains
+            Series(domain_name(domain), _points(of_method.where(domain=domain), "request"))
+            for domain in of_method.distinct("domain")
+            if domain not in ("forget", "near")
         ]
         name = method_name(method)
-        figure = charts.curves({name: lines}, "forget requests so far")
         caption = f"{name}: accuracy by domain after each request."
-        svg = charts.to_svg(figure, f"sequential{number}", f"{caption} {_described(lines)}")
-        numbers = _last_points({name: lines}, "request")
-        figures.append(markup.join([markup.chart(svg, caption), numbers]))
-    intro = "Domains are to be forgotten one after the other; all are asked after each request."
-    return _with_intro(intro, figures)
-
-
-def _first_group(measurements: Measurements) -> Measurements:
-    """The first group that compares methods; a sequence of requests compares none."""
-    groups = (group for _, group in measurements.groups())
-    return next((group for group in groups if main_cells(group)), measurements)
+        identifier, label = f"sequential{place}", "forget requests so far"
+        yield _curves({name: lines}, identifier, label, "request", caption)
 
 
 def _trade_off(group: Measurements) -> dict[str, tuple[Cell, Cell]]:
     accuracy = group.static().excluding(guard="off").where(metric="accuracy")
-    found = {}
+    cells = {}
     for method in accuracy.distinct("method"):
         rows = accuracy.where(method=method)
         forget, retain = rows.cell(domain="forget"), rows.cell(domain="retain")
         if forget and retain:
-            found[method] = (forget, retain)
-    return found
+            cells[method] = (forget, retain)
+    return cells
 
 
 def _curves(
-    rows: Measurements,
-    key: str,
+    panels: Mapping[str, list[Series]],
     identifier: str,
     x_label: str,
+    step: str,
     caption: str,
-    metric: CurveMetric,
-) -> Html | None:
-    panels = {
-        domain_name(domain): lines
-        for domain in _PANELS
-        if (lines := _series(rows.where(domain=domain), key))
-    }
-    if not panels:
-        return None
-    described = " ".join(f"{title}. {_described(lines, metric)}" for title, lines in panels.items())
+    metric: CurveMetric = "accuracy",
+) -> Figure:
+    described = " ".join(
+        (f"{title}. " if len(panels) > 1 else "") + _described(lines, metric)
+        for title, lines in panels.items()
+    )
     figure = charts.curves(panels, x_label, metric)
     svg = charts.to_svg(figure, identifier, f"{caption} {described}")
-    return markup.join([markup.chart(svg, caption), _last_points(panels, x_label, metric)])
+    ends: dict[str, list[Cell | None]] = {}
+    for place, lines in enumerate(panels.values()):
+        for series in lines:
+            ends.setdefault(series.name, [None] * len(panels))[place] = series.last
+    num_seeds = max(cell.num_seeds for cells in ends.values() for cell in cells if cell)
+    ends_caption = f"{metric.capitalize()} at the last {step}. {interval_note(num_seeds)}"
+    return Figure(svg, caption, tuple(panels), ends, ends_caption, metric)
 
 
 def _series(rows: Measurements, key: str) -> list[Series]:
@@ -218,15 +216,13 @@ def _series(rows: Measurements, key: str) -> list[Series]:
 
     Without its guard a model attacked in the open is the base model: that line is not drawn twice.
     """
+    has_base = "base" in rows.distinct("method")
     lines = []
     for method in rows.distinct("method"):
         for mode in (None, "test_time", "train_time"):
             for guard in ("none", "on", "off"):
-                if (mode, guard) == ("test_time", "off") and "base" in rows.distinct("method"):
-                    continue
-                found = rows.where(method=method, mode=mode, guard=guard)
-                points = _points(found, key)
-                if points:
+                points = _points(rows.where(method=method, mode=mode, guard=guard), key)
+                if points and not (has_base and (mode, guard) == ("test_time", "off")):
                     lines.append(Series(_series_name(method, mode, guard), points))
     return lines
 
@@ -243,47 +239,8 @@ def _points(rows: Measurements, key: str) -> dict[float, Cell]:
     return {x: cell for x, cell in cells if cell}
 
 
-def _last_points(
-    panels: Mapping[str, list[Series]], x_label: str, metric: CurveMetric = "accuracy"
-) -> Html:
-    """The right ends of all lines as a table, folded away."""
-    names = list(dict.fromkeys(series.name for lines in panels.values() for series in lines))
-    ends = {
-        (title, series.name): list(series.points.values())[-1]
-        for title, lines in panels.items()
-        for series in lines
-    }
-    rows = (
-        [name, *(table_cell(ends.get((title, name)), metric) for title in panels)] for name in names
-    )
-    num_seeds = max(cell.num_seeds for cell in ends.values())
-    caption = f"{metric.capitalize()} at the last {x_label}. {interval_note(num_seeds)}"
-    return markup.element(
-        "details",
-        markup.element("summary", "The last points as a table"),
-        markup.table(caption, ["", *panels], rows),
-    )
-
-
-def _described(lines: list[Series], metric: CurveMetric = "accuracy") -> str:
+def _described(lines: list[Series], metric: CurveMetric) -> str:
     form = ".1%" if metric == "accuracy" else ".3g"
-    ends = (
-        f"{series.name}: {list(series.points.values())[-1].value:{form}} at the end"
-        for series in lines
-    )
-    return "; ".join(ends) + "."
-
-
-def _with_intro(intro: str, figures: list[Html]) -> Html:
-    if not figures:
-        return Html("")
-    return markup.join(
-        [
-            markup.element("p", intro),
-            markup.element(
-                "div",
-                *(markup.element("div", each, class_="chart") for each in figures),
-                class_="charts",
-            ),
-        ]
+    return (
+        "; ".join(f"{series.name}: {series.last.value:{form}} at the end" for series in lines) + "."
     )

@@ -9,18 +9,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any, Literal
 
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from dsg.evaluation import CHANCE
+from dsg.evaluation import CHANCE, DOMAINS, domain_name, method_name
 from dsg.report.files import Densities
-from dsg.report.markup import Html
-from dsg.report.measurements import Cell, domain_name, method_name
+from dsg.report.measurements import Cell
 
 CurveMetric = Literal["accuracy", "perplexity"]
 
@@ -69,13 +68,17 @@ class Series:
     name: str
     points: Mapping[float, Cell]
 
+    @property
+    def last(self) -> Cell:
+        """The right end of the line."""
+        return list(self.points.values())[-1]
+
 
 @matplotlib.rc_context(STYLE)
 def density_histograms(densities: Densities) -> Figure:
     """Histogram of the density per domain, one below the other, with the threshold across all."""
-    known = ("forget", "near", "other_hazards", "retain")
-    names = [name for name in known if densities.domains.get(name)]
-    names += [name for name in densities.domains if name not in known and densities.domains[name]]
+    names = [name for name in (*DOMAINS, *densities.domains) if densities.domains.get(name)]
+    names = list(dict.fromkeys(names))
     highest = max(max(densities.domains[name]) for name in names)
     edges = _edges(densities.threshold, highest)
     figure = Figure((_WIDTH, 0.55 + 1.05 * len(names)), layout="constrained")
@@ -162,7 +165,7 @@ def overview(cells: Mapping[str, tuple[Cell, Cell]], title: str, lines: Sequence
 
 
 @matplotlib.rc_context(STYLE)
-def to_svg(figure: Figure, identifier: str, label: str) -> Html:
+def to_svg(figure: Figure, identifier: str, label: str) -> Markup:
     """Inline SVG with a text alternative, the same bytes for the same figure.
 
     Args:
@@ -181,7 +184,7 @@ def to_svg(figure: Figure, identifier: str, label: str) -> Html:
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", text)
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", text)
-    return Html(text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1).strip())
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1).strip())
 
 
 def _edges(threshold: float, highest: float) -> list[float]:

@@ -4,43 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsg.evaluation import CHANCE, below_chance, mean_over_runs
+from dsg.evaluation import CHANCE, DOMAINS, METHODS, below_chance, mean_over_runs
 
 Row = Mapping[str, Any]
 
-METHOD_NAMES = {
-    "base": "No unlearning",
-    "dsg": "DSG",
-    "dsg_near": "DSG, near data in calibration",
-    "dsg_documents": "DSG, threshold from documents",
-    "dsg_window": "DSG, window gate",
-    "dsg_cusum": "DSG, CUSUM gate",
-    "static_clamp": "Static clamp",
-    "farrell": "Farrell et al.",
-    "clamp_prime": "Clamp Prime",
-    "refusal_clamp": "Refusal Clamp",
-    "random": "Random features",
-    "rmu": "RMU",
-    "ga": "Gradient ascent",
-    "grad_diff": "GradDiff",
-    "npo": "NPO",
-    "simnpo": "SimNPO",
-    "scrub": "SCRUB",
-    "ssd": "SSD",
-    "task_vector": "Task vector",
-}
-DOMAIN_NAMES = {
-    "forget": "forget",
-    "forget_shown": "forget, shown to the attacker",
-    "forget_unshown": "forget, not shown",
-    "near": "near domain",
-    "other_hazards": "other hazards",
-    "retain": "retain (distant)",
-}
-
 _FORGET_DOMAINS = ("forget", "forget_shown", "forget_unshown")
-_SPLIT_ORDER = ("test", None)
-_PROTOCOL_ORDER = ("cloze", None)
 
 
 @dataclass(frozen=True)
@@ -67,6 +35,17 @@ class Cell:
     num_below_chance: int = 0
     num_runs: int = 0
 
+    @property
+    def is_above_chance(self) -> bool:
+        """Whether an accuracy, or the lower end of its interval, lies above chance."""
+        return (self.value if self.low is None else self.low) > CHANCE
+
+    def overlaps(self, other: "Cell") -> bool | None:
+        """Whether two intervals overlap; None where there are not two."""
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return None
+        return max(self.low, other.low) <= min(self.high, other.high)
+
 
 class Measurements:
     """Rows of `results.jsonl` with selection by key and aggregation over seeds."""
@@ -88,11 +67,9 @@ class Measurements:
 
     def distinct(self, key: str) -> list[Any]:
         """Values of a key other than None; methods and domains in the report's own order."""
-        order = {
-            name: rank for names in (METHOD_NAMES, DOMAIN_NAMES) for rank, name in enumerate(names)
-        }
-        found = {row[key] for row in self.rows} - {None}
-        return sorted(found, key=lambda name: (order.get(name, 99), isinstance(name, str), name))
+        order = {name: place for names in (METHODS, DOMAINS) for place, name in enumerate(names)}
+        present = {row[key] for row in self.rows} - {None}
+        return sorted(present, key=lambda name: (order.get(name, 99), isinstance(name, str), name))
 
     def static(self) -> "Measurements":
         """Rows without attack and sequential requests; test facts alone where there are any."""
@@ -122,15 +99,15 @@ class Measurements:
 
     def comparisons(self) -> list[tuple[str, "Measurements"]]:
         """The groups that compare methods; several that ask questions also as their mean."""
-        found = [(title, group.static()) for title, group in self.groups()]
-        found = [(title, group) for title, group in found if group.distinct("method")]
-        datasets = {row["dataset"] for _, group in found for row in group.rows}
-        methods = {tuple(group.distinct("method")) for _, group in found}
-        rows = [row for _, group in found for row in group.rows]
+        groups = [(title, group.static()) for title, group in self.groups()]
+        groups = [(title, group) for title, group in groups if group.distinct("method")]
+        datasets = {row["dataset"] for _, group in groups for row in group.rows}
+        methods = {tuple(group.distinct("method")) for _, group in groups}
+        rows = [row for _, group in groups for row in group.rows]
         asked = any(row["metric"] == "accuracy" for row in rows)
-        if asked and len(found) == len(datasets) > 1 and len(methods) == 1:
-            found.append((f"mean of {len(datasets)} data sets", _mean_over_datasets(rows)))
-        return found
+        if asked and len(groups) == len(datasets) > 1 and len(methods) == 1:
+            groups.append((f"mean of {len(datasets)} data sets", _mean_over_datasets(rows)))
+        return groups
 
     def cell(self, **fields: Any) -> Cell | None:
         """The measurement with these keys, over all seeds; None if there is none.
@@ -138,10 +115,10 @@ class Measurements:
         Test facts are preferred over validation facts, the overall protocol over its parts, and
         of several epochs the last counts.
         """
-        found = _latest(self.where(**fields).rows)
-        found = _preferred(_preferred(found, "split", _SPLIT_ORDER), "protocol", _PROTOCOL_ORDER)
-        by_seed = {}
-        for row in found:
+        latest = _latest(self.where(**fields).rows)
+        on_test = _preferred(latest, "split", "test")
+        by_seed: dict[Any, Row] = {}
+        for row in _preferred(on_test, "protocol", "cloze"):
             by_seed.setdefault(row["seed"], row)
         rows = list(by_seed.values())
         if not rows:
@@ -156,7 +133,7 @@ class Measurements:
             n=min(counts) if counts else None,
             num_seeds=len(rows),
             below_chance=_is_below_chance(rows),
-            num_below_chance=sum(found for found, _ in below),
+            num_below_chance=sum(count for count, _ in below),
             num_runs=sum(runs for _, runs in below),
         )
 
@@ -181,26 +158,33 @@ def _mean_over_datasets(rows: Iterable[Row]) -> Measurements:
     for row in rows:
         alike.setdefault(tuple((k, v) for k, v in row.items() if k not in averaged), []).append(row)
     means = []
-    for found in alike.values():
-        counts = [row["n"] for row in found]
-        together = sum if found[0]["domain"] in _FORGET_DOMAINS else max
+    for group in alike.values():
+        counts = [row["n"] for row in group]
+        together = sum if group[0]["domain"] in _FORGET_DOMAINS else max
         mean = {
-            "value": sum(row["value"] for row in found) / len(found),
+            "value": sum(row["value"] for row in group) / len(group),
             "n": None if None in counts else together(counts),
-            "runs": tuple(map(sum, zip(*map(_runs_below_chance, found), strict=True))),
+            "runs": tuple(map(sum, zip(*map(_runs_below_chance, group), strict=True))),
         }
-        means.append({**found[0], "dataset": None, "low": None, "high": None, **mean})
+        means.append({**group[0], "dataset": None, "low": None, "high": None, **mean})
     return Measurements(means)
 
 
-def method_name(method: str) -> str:
-    """A method as people read it."""
-    return METHOD_NAMES.get(method, method)
+def unguarded_accuracy(measurements: Measurements, domain: str) -> Cell | None:
+    """Accuracy of the model that has forgotten nothing, before any attack or request."""
+    accuracy = measurements.where(metric="accuracy", domain=domain)
+    candidates = (
+        accuracy.static().where(method="base"),
+        accuracy.where(method="base", epoch=0),
+        accuracy.where(request=0),  # no request has been fulfilled yet
+    )
+    cells = (group.cell() for rows in candidates for _, group in rows.groups())
+    return next(filter(None, cells), None)
 
 
-def domain_name(domain: str) -> str:
-    """A domain as people read it."""
-    return DOMAIN_NAMES.get(domain, domain)
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * share:.1f}%"
 
 
 def interval_note(num_seeds: int) -> str:
@@ -244,12 +228,12 @@ def _latest(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["epoch"] == last]
 
 
-def _preferred(rows: list[Row], key: str, order: tuple[str | None, ...]) -> list[Row]:
+def _preferred(rows: list[Row], key: str, first: str) -> list[Row]:
+    """The rows with one value of a key: the preferred one, else none, else the first by name."""
     present = {row[key] for row in rows}
-    for value in (*order, *sorted(present - {None})):
-        if value in present:
-            return [row for row in rows if row[key] == value]
-    return rows
+    ordered = (first, None, *sorted(present - {None}))
+    chosen = next((value for value in ordered if value in present), None)
+    return [row for row in rows if row[key] == chosen]
 
 
 def _distinct_with_none(rows: list[Row], key: str) -> list[str | None]:

@@ -1,86 +1,94 @@
-"""The main table, methods by measurements, for the page and for the terminal."""
+"""Methods by measurements, for the page and the terminal, and one run's own numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from dsg.evaluation import CHANCE, alignment
-from dsg.io import read_results
-from dsg.report import markup
-from dsg.report.known import is_above_chance
-from dsg.report.markup import Html
-from dsg.report.measurements import (
-    Cell,
-    Measurements,
-    domain_name,
-    interval_note,
+from dsg.evaluation import (
+    COMPARED,
+    DOMAINS,
+    METRICS,
+    Column,
+    alignment,
     method_name,
+    metric_of,
 )
+from dsg.io import read_results
+from dsg.report.measurements import Cell, Measurements, percent
 
+Row = Mapping[str, Any]
 
-@dataclass(frozen=True)
-class Column:
-    """One measurement: its heading, metric, and the first of `domains` that has it."""
-
-    title: str
-    metric: str
-    domains: tuple[str | None, ...]
-    is_share: bool = True  # shown in percent
-
-
-COLUMNS = (
-    Column("Forget accuracy", "accuracy", ("forget",)),
-    Column("Near-domain accuracy", "accuracy", ("near",)),
-    Column("Other-hazards accuracy", "accuracy", ("other_hazards",)),
-    Column("Retain accuracy", "accuracy", ("retain",)),
-    Column("Alignment", "alignment", ("forget", "retain", None), is_share=False),
-    Column("Forget perplexity", "perplexity", ("forget",), is_share=False),
-    Column("Retain perplexity", "perplexity", ("retain",), is_share=False),
-    Column("Forget ROUGE-L", "rouge_l", ("forget",), is_share=False),
-    Column("Retain ROUGE-L", "rouge_l", ("retain",), is_share=False),
-    Column("Gate true positives (forget)", "trigger_rate", ("forget",)),
-    Column("Gate false positives (retain)", "trigger_rate", ("retain",)),
-    Column("Gate false positives (near)", "trigger_rate", ("near",)),
-    Column("Gate triggers (other hazards)", "trigger_rate", ("other_hazards",)),
-    Column("Density AUROC", "density_auroc", ("forget", "retain", None), is_share=False),
-)
-_FORGET_ACCURACY = 0  # its place among the columns
-_TERMINAL_COLUMNS = {
-    "Forget accuracy": "forget",
-    "Near-domain accuracy": "near",
-    "Retain accuracy": "retain",
-    "Alignment": "align.",
-    "Forget perplexity": "forget\nppl",
-    "Retain perplexity": "ppl",
-    "Forget ROUGE-L": "forget\nR-L",
-    "Retain ROUGE-L": "retain\nR-L",
-    "Gate true positives (forget)": "TPR",
-    "Gate false positives (retain)": "FPR",
-    "Density AUROC": "AUROC",
-}
-_ABOUT_ACCURACY = (
-    f" Chance is {CHANCE:.0%}; ▼ marks accuracy below chance (one-sided test at 5%), which is "
-    "avoidance, not forgetting; the single seeds and data sets below chance are counted. "
-    "Alignment: chance-corrected retain accuracy kept × forget accuracy lost, both relative to no "
-    "unlearning; none where that is at chance."
-)
+_FORGET_ACCURACY = COMPARED[0]
 # Where there are questions they say more, and a terminal is narrow.
 _WITHOUT_QUESTIONS = ("Forget perplexity", "Forget ROUGE-L", "Retain ROUGE-L")
 
+_OVERALL = (None, "cloze", "lm_eval", "dsg", "passages", "generation", "prediction")
+_MAX_LINES = 24
+_GUARD = {"none": "no guard", "off": "guard off", "on": "guard on"}
 
-def main_cells(group: Measurements) -> dict[str, list[Cell | None]]:
-    """Method -> one cell per entry of `COLUMNS`, guard on where there is one."""
+
+@dataclass(frozen=True)
+class Comparison:
+    """One table of a page: methods side by side.
+
+    Attributes:
+        title: Model and data set, where they are named.
+        columns: Measurements that any method has.
+        cells: Method -> one cell per column.
+        num_seeds: The largest number of runs behind a cell.
+        only_validation: Whether settings may have been chosen on these very facts.
+        methods: Methods whose accuracy was measured.
+        details: Domain and form of question with an accuracy of each of them.
+    """
+
+    title: str
+    columns: list[Column]
+    cells: dict[str, list[Cell | None]]
+    num_seeds: int
+    only_validation: bool
+    methods: list[str]
+    details: list[tuple[str, str, list[Cell | None]]]
+
+
+def compare_methods(measurements: Measurements) -> list[Comparison]:
+    """One comparison per model and data set, and one of their means."""
+    comparisons = []
+    for title, group in measurements.comparisons():
+        cells = main_cells(group)
+        columns = [column for column in COMPARED if any(row[column] for row in cells.values())]
+        if not columns:
+            continue
+        accuracy = group.static().excluding(guard="off").where(metric="accuracy")
+        comparisons.append(
+            Comparison(
+                title,
+                columns,
+                {method: [row[column] for column in columns] for method, row in cells.items()},
+                max(cell.num_seeds for row in cells.values() for cell in row.values() if cell),
+                group.static().distinct("split") == ["validation"],
+                accuracy.distinct("method"),
+                list(_every_domain(accuracy)),
+            )
+        )
+    return comparisons
+
+
+def main_cells(group: Measurements) -> dict[str, dict[Column, Cell | None]]:
+    """Method -> a cell for each of `COMPARED`, guard on where there is one."""
     static = group.static().excluding(guard="off")
-    return {method: _method_cells(static, method) for method in static.distinct("method")}
-
-
-def main_tables(measurements: Measurements) -> Html:
-    """One HTML table per model and dataset; columns without any number are left out."""
-    return markup.join(_tables(measurements))
+    cells = {}
+    for method in static.distinct("method"):
+        rows = static.where(method=method)
+        cells[method] = {column: _first_cell(rows, column) for column in COMPARED}
+        for column in COMPARED:
+            if column.metric == "alignment":
+                cells[method][column] = _alignment(static, rows, cells[method][column])
+    return cells
 
 
 def results_table(run_dir: str | Path) -> Table:
@@ -95,54 +103,52 @@ def results_table(run_dir: str | Path) -> Table:
     title = accuracy if has_questions else "Gate rates (TPR, FPR) in %"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     groups = [(title, main_cells(group)) for title, group in measurements.comparisons()]
+    rows = [row for _, methods in groups for row in methods.values()]
     shown = [
-        index
-        for index, column in enumerate(COLUMNS)
-        if column.title in _TERMINAL_COLUMNS
+        column
+        for column in COMPARED
+        if column.short
         and not (has_questions and column.title in _WITHOUT_QUESTIONS)
-        and any(cells[index] for _, methods in groups for cells in methods.values())
+        and any(row[column] for row in rows)
     ]
-    forget = (cells[_FORGET_ACCURACY] for _, methods in groups for cells in methods.values())
-    with_runs = any(cell is not None and cell.num_runs > 1 for cell in forget)
+    with_runs = any((cell := row[_FORGET_ACCURACY]) and cell.num_runs > 1 for row in rows)
     table.add_column("method", overflow="fold")
-    for index in shown:
-        table.add_column(_TERMINAL_COLUMNS[COLUMNS[index].title], justify="right", no_wrap=True)
-        if with_runs and index == _FORGET_ACCURACY:
+    for column in shown:
+        table.add_column(column.short, justify="right", no_wrap=True)
+        if with_runs and column == _FORGET_ACCURACY:
             table.add_column("runs<", justify="right", no_wrap=True)
     for title, methods in groups:
         if len(groups) > 1:
             table.add_section()
             table.add_row(f"[bold]{escape(title)}[/bold]")
-        for name, cells in methods.items():
+        for name, row in methods.items():
             numbers = []
-            for index in shown:
-                cell = cells[index]
-                numbers.append(_short(cell, COLUMNS[index]))
-                if with_runs and index == _FORGET_ACCURACY:
+            for column in shown:
+                cell = row[column]
+                numbers.append(_short(cell, column.metric))
+                if with_runs and column == _FORGET_ACCURACY:
                     numbers.append(f"{cell.num_below_chance}/{cell.num_runs}" if cell else "–")
             table.add_row(method_name(name), *numbers)
     return table
 
 
-def table_cell(cell: Cell | None, metric: str) -> Html:
-    """A measurement, accuracy in percent, with interval, n and the below-chance flag."""
-    return _full(cell, Column("", metric, (), is_share=metric == "accuracy"))
+def number(value: float, metric: str) -> str:
+    """A value as pages write it: shares that are read in percent in percent."""
+    return percent(value) if metric_of(metric).unit == "%" else f"{value:.{_digits(value)}f}"
 
 
-def percent(share: float) -> str:
-    """A share as a percentage with one decimal."""
-    return f"{100 * share:.1f}%"
+def interval(cell: Cell, metric: str) -> str:
+    """The interval of a cell in brackets; empty where there is none."""
+    if cell.low is None or cell.high is None:
+        return ""
+    in_percent = metric_of(metric).unit == "%"
+    scale, digits = (100, 1) if in_percent else (1, _digits(cell.value))
+    return f"[{scale * cell.low:.{digits}f}, {scale * cell.high:.{digits}f}]"
 
 
-def _method_cells(static: Measurements, method: str) -> list[Cell | None]:
-    rows = static.where(method=method)
-    cells: list[Cell | None] = []
-    for column in COLUMNS:
-        candidates = (rows.cell(metric=column.metric, domain=domain) for domain in column.domains)
-        cells.append(next((cell for cell in candidates if cell), None))
-    index = next(i for i, column in enumerate(COLUMNS) if column.metric == "alignment")
-    cells[index] = _alignment(static, rows, cells[index])
-    return cells
+def _first_cell(rows: Measurements, column: Column) -> Cell | None:
+    cells = (rows.cell(metric=column.metric, domain=domain) for domain in column.domains)
+    return next(filter(None, cells), None)
 
 
 def _alignment(static: Measurements, rows: Measurements, measured: Cell | None) -> Cell | None:
@@ -151,101 +157,126 @@ def _alignment(static: Measurements, rows: Measurements, measured: Cell | None) 
     Beside a model at chance there is none: whatever did nothing would score.
     """
     base = static.where(method="base")
-    known = (base.cell(metric="accuracy", domain=domain) for domain in ("retain", "forget"))
-    if any(cell is not None and not is_above_chance(cell) for cell in known):
-        return None
-    if measured is not None:
-        return measured
     accuracies = [
         source.cell(metric="accuracy", domain=domain)
         for source in (rows, base)
         for domain in ("retain", "forget")
     ]
-    if any(cell is None for cell in accuracies):
+    if any(cell is not None and not cell.is_above_chance for cell in accuracies[2:]):
         return None
-    return Cell(alignment(*(cell.value for cell in accuracies if cell)))
+    if measured is not None:
+        return measured
+    values = [cell.value for cell in accuracies if cell is not None]
+    return Cell(alignment(*values)) if len(values) == len(accuracies) else None
 
 
-def _tables(measurements: Measurements) -> Iterator[Html]:
-    for title, group in measurements.comparisons():
-        cells = main_cells(group)
-        shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells.values())]
-        if not shown:
-            continue
-        num_seeds = max(cell.num_seeds for row in cells.values() for cell in row if cell)
-        only_validation = group.static().distinct("split") == ["validation"]
-        about = _ABOUT_ACCURACY * bool(group.where(metric="accuracy").rows)
-        caption = (
-            f"{title + '. ' if title else ''}"
-            f"{'Validation facts only, on which settings may have been chosen. ' * only_validation}"
-            f"{interval_note(num_seeds)} n: questions or passages per seed; a fact that is asked "
-            f"in several wordings, or by several data sets, counts once.{about}"
-        )
-        rows = (
-            [method_name(method), *(_full(row[i], COLUMNS[i]) for i in shown)]
-            for method, row in cells.items()
-        )
-        yield markup.table(caption, ["Method", *(COLUMNS[i].title for i in shown)], rows)
-        yield _every_domain(group)
-
-
-def _every_domain(group: Measurements) -> Html:
-    """Accuracy by domain and form of question, folded away."""
-    accuracy = group.static().excluding(guard="off").where(metric="accuracy")
+def _every_domain(accuracy: Measurements) -> Iterator[tuple[str, str, list[Cell | None]]]:
     methods = accuracy.distinct("method")
-    rows = []
     for domain in accuracy.distinct("domain"):
         for protocol in accuracy.where(domain=domain).distinct("protocol"):
-            found = accuracy.where(domain=domain, protocol=protocol)
-            cells = [found.where(method=method).cell() for method in methods]
-            rows.append(
-                [
-                    domain_name(domain),
-                    protocol.replace("_", ", "),
-                    *(table_cell(cell, "accuracy") for cell in cells),
-                ]
-            )
-    if not rows:
-        return Html("")
-    headers = ["Domain", "Questions", *(method_name(method) for method in methods)]
-    return markup.element(
-        "details",
-        markup.element("summary", "Accuracy in every domain and form of question"),
-        markup.table("cloze = statements and questions together", headers, rows),
-    )
+            asked = accuracy.where(domain=domain, protocol=protocol)
+            yield domain, protocol, [asked.where(method=method).cell() for method in methods]
 
 
-def _full(cell: Cell | None, column: Column) -> Html:
-    if cell is None:
-        return markup.to_html("–")
-    lines = [markup.element("span", _number(cell.value, column), class_="number")]
-    if cell.below_chance:
-        flag = markup.element(
-            "span", "▼", class_="flag", title="below chance", role="img", aria_label="below chance"
-        )
-        lines.append(markup.join([" ", flag]))
-    if cell.low is not None and cell.high is not None:
-        scale, digits = (100, 1) if column.is_share else (1, _digits(cell.value))
-        ends = f"[{scale * cell.low:.{digits}f}, {scale * cell.high:.{digits}f}]"
-        lines.append(markup.element("small", ends))
-    if cell.num_below_chance:
-        told = f"below chance in {cell.num_below_chance} of {cell.num_runs}"
-        lines.append(markup.element("small", told))
-    if cell.n is not None:
-        lines.append(markup.element("small", f"n = {cell.n}"))
-    return markup.join(lines)
-
-
-def _short(cell: Cell | None, column: Column) -> str:
+def _short(cell: Cell | None, metric: str) -> str:
     if cell is None:
         return "–"
-    number = f"{100 * cell.value:.1f}" if column.is_share else _number(cell.value, column)
-    return f"<{number}" if cell.below_chance else number
-
-
-def _number(value: float, column: Column) -> str:
-    return percent(value) if column.is_share else f"{value:.{_digits(value)}f}"
+    return "<" * cell.below_chance + number(cell.value, metric).removesuffix("%")
 
 
 def _digits(value: float) -> int:
     return 3 if value < 1.0005 else 2 if value < 100 else 0
+
+
+def outcome_table(rows: Sequence[Row]) -> tuple[Table | None, int]:
+    """One run's main measurements with their 95 % intervals and n: a column per state.
+
+    Of several epochs or requests the first and the last are shown, and a protocol's parts (forms of
+    questions, other rules) only where there is no overall number.
+
+    Args:
+        rows: Of the run's `results.jsonl`.
+
+    Returns:
+        The table, None if nothing was measured; and how many measurements it leaves out.
+    """
+    rows = _ends(_ends([row for row in rows if row["value"] is not None], "epoch"), "request")
+    states = sorted({_state(row) for row in rows}, key=_state_order)
+    lines: dict[tuple[Any, ...], dict[tuple[Any, ...], Row]] = {}
+    for row in rows:
+        line = (row["metric"], row["domain"], row["protocol"], row["split"])
+        lines.setdefault(line, {})[_state(row)] = row
+    if not lines:
+        return None, 0
+    overall = {line[:2] for line in lines if line[2] in _OVERALL}
+    whole = [line for line in lines if line[2] in _OVERALL or line[:2] not in overall]
+    shown = sorted(whole, key=_line_order)[:_MAX_LINES]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(r"\[95 % intervals]")
+    table.add_column("n", justify="right", no_wrap=True)
+    several_methods = len({method for method, *_ in states}) > 1
+    for state in states:
+        table.add_column(_state_title(state, several_methods), justify="right")
+    several = {line[:2] for line in shown if sum(line[:2] == other[:2] for other in shown) > 1}
+    for line in shown:
+        metric, domain, protocol, _ = line
+        suffix = f" ({protocol})" if line[:2] in several and protocol else ""
+        counts = sorted({str(row["n"]) for row in lines[line].values() if row["n"] is not None})
+        name = " ".join(str(part) for part in (domain, metric) if part is not None)
+        cells = [_value_and_interval(lines[line].get(state)) for state in states]
+        table.add_row(f"{name.replace('_', ' ')}{suffix}", "/".join(counts), *cells)
+    return table, len(lines) - len(shown)
+
+
+def _ends(rows: Sequence[Row], key: str) -> list[Row]:
+    """The rows of the first and the last epoch or request, and those of none."""
+    places = [row[key] for row in rows if row[key] is not None]
+    ends = {None, *((min(places), max(places)) if places else ())}
+    return [row for row in rows if row[key] in ends]
+
+
+def _state(row: Row) -> tuple[Any, ...]:
+    return row["method"], row["request"], row["epoch"], row["guard"]
+
+
+def _state_order(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    method, request, epoch, guard = state
+    places = (-1 if place is None else place for place in (request, epoch))
+    return str(method), *places, _rank(guard, _GUARD)
+
+
+def _state_title(state: tuple[Any, ...], several_methods: bool) -> str:
+    method, request, epoch, guard = state
+    parts = [
+        str(method) if several_methods else None,
+        None if request is None else f"request {request}",
+        None if epoch is None else f"epoch {epoch:g}",
+        _GUARD.get(guard, guard),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _line_order(line: tuple[Any, ...]) -> tuple[Any, ...]:
+    metric, domain, protocol, split = line
+    return (
+        _rank(metric, METRICS),
+        protocol not in _OVERALL,
+        str(metric),
+        _rank(domain, DOMAINS),
+        str(domain),
+        str(protocol),
+        str(split),
+    )
+
+
+def _rank(name: Any, names: Mapping[str, Any]) -> int:
+    return [*names].index(name) if name in names else len(names)
+
+
+def _value_and_interval(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    value = f"{row['value']:.3g}"
+    if row["low"] is None or row["high"] is None:
+        return value
+    return rf"{value} \[{row['low']:.3g}, {row['high']:.3g}]"

@@ -1,5 +1,6 @@
 from .calibration import calibrate_threshold as calibrate_threshold
 from .calibration import false_positive_rate as false_positive_rate
+from .describe import describe_features as describe_features
 from .rules import Selection as Selection
 from .rules import select_fisher_ratio as select_fisher_ratio
 from .rules import select_frequency as select_frequency

@@ -25,12 +25,9 @@ from dsg.lm import short_name
 from dsg.report import (
     ChosenSettings,
     Densities,
-    FeatureDescription,
     build_report,
     results_table,
-    write_densities,
-    write_features,
-    write_settings,
+    write_drawn,
 )
 
 SIZES = Sizes()
@@ -197,7 +194,10 @@ def _one_seed(
                 functools.partial(relearn, cell, attack, mode, guards, options.epochs),
             )
     if report_dir is not None:
-        write_densities(report_dir, {"dsg": Densities(threshold, densities)})
-        write_features(report_dir, map(FeatureDescription.from_json, tuned["features"]))
-        write_settings(report_dir, [ChosenSettings(**found) for found in tuned["chosen"]])
+        write_drawn(
+            report_dir,
+            densities={"dsg": Densities(threshold, densities)},
+            features=tuned["features"],
+            settings=[ChosenSettings(**choice) for choice in tuned["chosen"]],
+        )
     return {"continuation": continuation, "rouge_l_by_round": list(cell.rounds)}

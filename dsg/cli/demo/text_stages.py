@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,8 @@ from dsg.evaluation import Passage, auroc, score_all
 from dsg.guard import Guard, GuardSettings
 from dsg.io import read_results, write_results
 from dsg.lm import load_model
-from dsg.report import describe_features
 from dsg.sae import load_sae
-from dsg.selection import Selection
+from dsg.selection import Selection, describe_features
 from lightning_modules import EvaluationModule, RelearningModule
 from lightning_modules.parts.guards import maker_from
 
@@ -151,7 +150,7 @@ def tune_guards(cell: TextCell, parts: Sequence[Part], folder: Path) -> dict[str
         "chosen": [
             {"method": "dsg", "chosen": chosen, "tried": len(tries), "validation": validation}
         ],
-        "features": [asdict(feature) for feature in features],
+        "features": features,
     }
 
 

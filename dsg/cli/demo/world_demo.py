@@ -35,12 +35,9 @@ from dsg.io.run_directory import run_directory
 from dsg.report import (
     ChosenSettings,
     Densities,
-    FeatureDescription,
     build_report,
     results_table,
-    write_densities,
-    write_features,
-    write_settings,
+    write_drawn,
 )
 
 METHODS = ("base", *(method for method in RECIPES if method != "random"), FROM_DOCUMENTS, "rmu")
@@ -88,7 +85,7 @@ def _run(run_dir: Path, options: argparse.Namespace, console: Console) -> None:
                     stages, context, {choice.method: dict(choice.chosen) for choice in choices}
                 )
     write_results(run_dir, stages.rows)
-    write_settings(run_dir, chosen)
+    write_drawn(run_dir, settings=chosen)
     write_run_facts(run_dir, {"command": ["dsg", *sys.argv[1:]], "config": config})
     report = build_report(run_dir)
     console.print(results_table(run_dir))
@@ -116,7 +113,7 @@ def _forget_one_domain(
                 functools.partial(evaluate, context, method, guards, rmu_model),
             )
             if method == "dsg" and report_dir is not None:
-                write_densities(report_dir, {"dsg": Densities(**found)})
+                write_drawn(report_dir, densities={"dsg": Densities(**found)})
         _random_control(stages, context, guards, place, title)
     if "relearn" in options.parts:
         for attack in ATTACKS:
@@ -131,7 +128,7 @@ def _forget_one_domain(
                 )
         _attacked_base(stages)
     if report_dir is not None:
-        write_features(report_dir, map(FeatureDescription.from_json, tuned["features"]))
+        write_drawn(report_dir, features=tuned["features"])
     return [ChosenSettings(**found) for found in [*tuned["chosen"], rmu["chosen"]]]
 
 

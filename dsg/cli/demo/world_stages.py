@@ -1,6 +1,6 @@
 """The stages of the demonstration: each chooses settings or is one Lightning run."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +32,8 @@ from dsg.guard import Guard, GuardSettings
 from dsg.io import read_results
 from dsg.lm import load_model
 from dsg.objectives import RMU
-from dsg.report import describe_features
 from dsg.sae import load_sae
-from dsg.selection import Selection, guard_texts
+from dsg.selection import Selection, describe_features, guard_texts
 from lightning_modules import (
     EvaluationModule,
     RelearningModule,
@@ -135,7 +134,7 @@ def tune_guards(context: Context, folder: Path) -> dict[str, Any]:
             | {"validation": choice.validation}
             for method, choice in choices.items()
         ],
-        "features": [asdict(feature) for feature in features],
+        "features": features,
     }
 
 

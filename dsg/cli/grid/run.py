@@ -29,22 +29,21 @@ from dsg.cli.grid.overrides import (
 )
 from dsg.cli.grid.plan import Plan
 from dsg.cli.grid.recovery import sum_up
-from dsg.cli.grid.table import SECONDS, TABLE_FILE, table_rows, write_table
 from dsg.cli.grid.tables import attack_table, sweep_table
 from dsg.cli.grid.work import instantiate, write_config
 from dsg.cli.grid.workers import Workers
 from dsg.cli.lightning_cli import resolve_benchmark, run_name
 from dsg.io import row, write_results, write_run_facts
 from dsg.report import (
+    TABLE_FILE,
     ChosenSettings,
     build_report,
     results_table,
     save_overview_png,
-    write_settings,
+    write_drawn,
+    write_table,
 )
 
-TRIES_FILE = "tries.csv"
-ATTACKS_FILE = "attacks.csv"
 OVERVIEW_FILE = "overview.png"
 
 
@@ -111,12 +110,12 @@ def run_grid(grid: Grid, path: Path, run_dir: Path, jobs: int, console: Console)
         rounds = Rounds(run_dir, workers, console)
         if isinstance(grid, Sweep):
             rows = _run_sweep(grid, configs[grid.config], rounds)
-            lines = table_rows(rows)
+            times: list[dict[str, Any]] = []
         else:
             plan = Plan(grid, configs, run_name(path))
-            rows, lines = _run_benchmark(plan, rounds)
+            rows, times = _run_benchmark(plan, rounds)
     write_results(run_dir, rows)
-    write_table(run_dir / TABLE_FILE, lines)
+    lines = write_table(run_dir, [*rows, *times])
     facts = {"command": ["dsg", *sys.argv[1:]], "grid": path.name, "jobs": jobs}
     write_run_facts(run_dir, {**facts, "seconds": rounds.seconds, "failures": rounds.failures})
     if isinstance(grid, Sweep):
@@ -166,7 +165,7 @@ def _run_sweep(grid: Sweep, config: Config, rounds: Rounds) -> list[dict[str, An
 
 
 def _run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Result rows and the lines of the table."""
+    """Result rows, and how long unlearning took."""
     run_dir = rounds.run_dir
     tuning = plan.tuning()
     _prepare(plan.first(), tuning)
@@ -179,10 +178,15 @@ def _run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], li
     done = [cell for cell in evaluations if cell.is_finished(run_dir)]
     rows = [found for cell in done for found in cell.rows(run_dir)] + recovery.rows
     rows = [{**found, "experiment": plan.name} for found in rows]
-    write_table(run_dir / TRIES_FILE, _tries(plan, run_dir))
-    write_table(run_dir / ATTACKS_FILE, recovery.attempts)
-    write_settings(run_dir, _chosen(plan, run_dir))
-    return rows, table_rows([*rows, *_seconds(plan, run_dir)])
+    times = _times(plan, run_dir)
+    write_drawn(
+        run_dir,
+        settings=_chosen(plan, run_dir),
+        tries=_tries(plan, run_dir),
+        attempts=recovery.attempts,
+        times=times,
+    )
+    return rows, times
 
 
 def _prepare(configs: dict[str, tuple[str, Config]], cells: Iterable[Cell]) -> None:
@@ -225,11 +229,11 @@ def _short(settings: dict[str, Any]) -> dict[str, Any]:
     return {key.rsplit(".", 1)[-1]: value for key, value in settings.items()}
 
 
-def _seconds(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
+def _times(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
     """How long unlearning took, as rows of the table; times are no part of the results."""
-    found = []
+    times = []
     for place, name in product(plan.places, plan.kinds):
-        measured = {"metric": SECONDS, "value": plan.seconds(place, name, run_dir)}
+        measured = {"metric": "seconds_to_unlearn", "value": plan.seconds(place, name, run_dir)}
         columns = {"method": name, "seed": place.seed, "dataset": f"tiny_world/{place.domain}"}
-        found.append(row(experiment=plan.name, **columns, **measured))
-    return found
+        times.append(row(experiment=plan.name, **columns, **measured))
+    return times

@@ -6,27 +6,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dsg.cli.grid.recovery import AREA, COLLATERAL, HALF, SHOWN, UNSHOWN
-from dsg.report import method_name
+from dsg.evaluation import ATTACKED, COMPARED, Column, method_name, metric_of
 
 Line = Mapping[str, Any]
 
 _PROTOCOLS = ("cloze", "lm_eval", "dsg", "passages")
-_SWEEP = {
-    "forget": ("forget", "accuracy"),
-    "near": ("near", "accuracy"),
-    "retain": ("retain", "accuracy"),
-    "align.": ("forget", "alignment"),
-    "ppl": ("retain", "perplexity"),
-}
-_ATTACK = {
-    "shown": (SHOWN, "accuracy"),
-    "unshown": (UNSHOWN, "accuracy"),
-    "retain": ("retain", "accuracy"),
-    "area": (SHOWN, AREA),
-    "half": (SHOWN, HALF),
-    "damage": (UNSHOWN, COLLATERAL),
-}
+_SWEPT = ("forget", "near", "retain", "align.", "ppl")
 
 
 def sweep_table(lines: Sequence[Line]) -> Table:
@@ -36,7 +21,8 @@ def sweep_table(lines: Sequence[Line]) -> Table:
     served = [
         line for line in lines if line["guard"] != "off" and reported in (None, line["split"])
     ]
-    return _table(title, "settings", served, ("experiment",), _SWEEP)
+    columns = [column for column in COMPARED if column.short in _SWEPT]
+    return _table(title, "settings", served, ("experiment",), columns)
 
 
 def attack_table(lines: Sequence[Line]) -> Table:
@@ -47,7 +33,7 @@ def attack_table(lines: Sequence[Line]) -> Table:
         "that the weights have lost beside the model without unlearning"
     )
     served = [line for line in lines if line["phase"] == "attack" and line["guard"] != "off"]
-    return _table(title, "attack", served, ("attack", "method", "mode"), _ATTACK)
+    return _table(title, "attack", served, ("attack", "method", "mode"), ATTACKED)
 
 
 def _table(
@@ -55,27 +41,26 @@ def _table(
     first: str,
     lines: Sequence[Line],
     place: Sequence[str],
-    columns: Mapping[str, tuple[str, str]],
+    columns: Sequence[Column],
 ) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, overflow="fold")
-    cells: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
+    cells: dict[tuple[Any, ...], dict[tuple[Any, str], float]] = {}
     for line in lines:
         if line["protocol"] in _PROTOCOLS:
             row = cells.setdefault(tuple(line[key] for key in place), {})
             row[line["domain"], line["metric"]] = line["mean"]
-    shown = {
-        name: key for name, key in columns.items() if any(key in row for row in cells.values())
-    }
-    for name in shown:
-        table.add_column(name, justify="right", no_wrap=True)
+    places = {(column.domains[0], column.metric): column.short for column in columns}
+    shown = [at for at in places if any(at in row for row in cells.values())]
+    for at in shown:
+        table.add_column(places[at], justify="right", no_wrap=True)
     for key, row in cells.items():
         names = [method_name(part) for part in key if part is not None]
-        table.add_row(" ".join(names), *(_number(row.get(at), at[1]) for at in shown.values()))
+        table.add_row(" ".join(names), *(_number(row.get(at), at[1]) for at in shown))
     return table
 
 
 def _number(value: float | None, metric: str) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:.1f}" if metric in ("accuracy", COLLATERAL) else f"{value:.2f}"
+    return f"{100 * value:.1f}" if metric_of(metric).unit == "%" else f"{value:.2f}"

@@ -9,23 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsg.evaluation.scales import SCALES, mean_over_runs, scale_of
+from dsg.evaluation.columns import METRICS, metric_of
+from dsg.evaluation.scales import mean_over_runs
 
 T975_2 = 4.302652729911275  # Student's t, 97.5th percentile, 2 degrees of freedom
 SOURCES = Path(__file__).parents[3] / "dsg"
 
 
 def values_of(metric):
-    scale = scale_of(metric)
+    scale = metric_of(metric)
     low, high = max(scale.low, -1e6), min(scale.high, 1e6)
     return st.lists(st.floats(low, high), min_size=2, max_size=6)
 
 
-@pytest.mark.parametrize("metric", [*SCALES, "chosen_2"])
+@pytest.mark.parametrize("metric", [*METRICS, "chosen_2"])
 @given(data=st.data())
 def test_no_interval_leaves_the_range_of_its_metric_or_misses_its_mean(metric, data):
     found = mean_over_runs(metric, data.draw(values_of(metric)))
-    scale = scale_of(metric)
+    scale = metric_of(metric)
     assert scale.low <= found.low <= found.high <= scale.high
     slack = 1e-9 * max(1.0, abs(found.value))
     assert found.low - slack <= found.value <= found.high + slack

@@ -7,14 +7,8 @@ from rich.console import Console
 from dsg.errors import UserError
 from dsg.io.results import row, write_results
 from dsg.report import build_report, results_table, save_overview_png
-from dsg.report.files import (
-    Densities,
-    read_densities,
-    read_features,
-    read_settings,
-    write_densities,
-)
-from dsg.report.headline import findings
+from dsg.report.files import Densities
+from dsg.report.findings import findings
 from dsg.report.measurements import Measurements, interval_note
 from tests.report_data import HOSTILE, measured_rows, write_run, write_side_files
 
@@ -353,39 +347,6 @@ def test_overview_png(tmp_path, attacks):
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(content[16:20], "big") == 1600
-
-
-def test_side_files_come_back_as_written(run_dir):
-    densities = read_densities(run_dir)["dsg"]
-    assert densities.threshold == 0.19
-    assert len(densities.domains["retain"]) == 720
-    assert [feature.feature_id for feature in read_features(run_dir)] == [17, 403]
-    assert read_features(run_dir)[0].contexts[1].token == "Morvex"
-    assert read_settings(run_dir)[0].chosen["clamp_value"] == -20.0
-
-
-def test_side_files_round_and_take_tensors(tmp_path):
-    import torch
-
-    values = torch.tensor([1 / 3, 0.5], dtype=torch.float64)
-    write_densities(tmp_path, {"dsg": Densities(1 / 3, {"forget": values})})
-    assert read_densities(tmp_path) == {"dsg": Densities(0.333333, {"forget": [0.333333, 0.5]})}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("densities.json", "{", "is not JSON"),
-        ("features.json", '[{"feature_id": 1}]', r"features\.json does not have the form"),
-        ("settings.json", '[{"tried": 1}]', r"settings\.json does not have the form"),
-        ("densities.json", "[]", r"densities\.json does not have the form"),
-    ],
-)
-def test_malformed_side_files_are_user_errors(tmp_path, name, content, message):
-    write_results(tmp_path, [])
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        build_report(tmp_path)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from dsg.io.results import row
-from dsg.report.outcome import outcome_table
+from dsg.report.tables import outcome_table
 
 
 def shown(rows):

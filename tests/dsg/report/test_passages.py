@@ -8,8 +8,8 @@ from rich.console import Console
 
 from dsg.io.results import row, write_results
 from dsg.report import build_report, results_table
+from dsg.report.findings import findings
 from dsg.report.measurements import Measurements
-from dsg.report.passages import passage_findings
 
 SHARED = {"experiment": "text_demo", "seed": 0, "model": "small", "split": "test"}
 
@@ -106,11 +106,11 @@ def test_questions_leave_no_room_for_passages_in_the_terminal(run_dir):
 
 
 def sides(rows: list[dict], word: str) -> list[str]:
-    return [one.side for one in passage_findings(Measurements(rows)) if word in one.text]
+    return [finding.side for finding in findings(Measurements(rows)) if word in finding.text]
 
 
 def test_findings_fall_as_the_numbers_do():
-    texts = [one.text for one in passage_findings(Measurements(static_rows() + attack_rows()))]
+    texts = [finding.text for finding in findings(Measurements(static_rows() + attack_rows()))]
     assert (
         "The density tells unseen forget passages from unseen retain passages with an AUROC of "
         "0.970; the gate triggers on 90.0% of the forget passages and on 5.0% of the retain "
@@ -128,4 +128,4 @@ def test_findings_fall_as_the_numbers_do():
 
 
 def test_nothing_measured_says_nothing():
-    assert passage_findings(Measurements([])) == []
+    assert findings(Measurements([])) == []

@@ -11,7 +11,7 @@ from dsg.cli.demo.text_model import Sizes, TextFiles, ensure_text_model, read_tr
 from dsg.cli.main import main
 from dsg.errors import UserError
 from dsg.io.results import read_results, read_run_facts
-from dsg.report.files import read_densities, read_features, read_settings
+from dsg.report.files import read_drawn
 from tests.helpers import standard_sae, tiny_model, tiny_tokenizer
 from tests.text_writer import write_both
 
@@ -104,20 +104,21 @@ def test_relearning_is_measured_before_and_after(folder):
 
 def test_what_else_the_run_leaves(folder):
     run = folder / "run"
-    densities = read_densities(run)["dsg"]
+    drawn = read_drawn(run)
+    densities = drawn.densities["dsg"]
     assert {name: len(values) for name, values in densities.domains.items()} == {
         "forget, memorised": 10, "retain, memorised": 12,
         "forget, unseen": 10, "retain, unseen": 12,
     }  # fmt: skip
-    [settings] = read_settings(run)
+    [settings] = drawn.settings
     assert settings.tried == 2
     assert set(settings.chosen) == {"ratio_percentile", "num_features"}
-    assert read_features(run)
+    assert drawn.features
     facts = read_run_facts(run)
     [forget] = facts["files"]["forget"]
     assert set(forget) == {"name", "size", "sha256"}
     assert forget["name"] == "forget.txt"
-    for name in ("run.json", "results.jsonl", "densities.json", "settings.json", "report.html"):
+    for name in ("run.json", "results.jsonl", "report.json", "report.html", "table.csv"):
         assert str(folder) not in (run / name).read_text()
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
 

@@ -2,9 +2,9 @@
 
 from rich.console import Console
 
-from dsg.cli.grid.table import table_rows
 from dsg.cli.grid.tables import attack_table
 from dsg.io.results import row
+from dsg.report import table_rows
 
 
 def test_recovery_is_that_of_shown_facts_and_damage_that_of_the_others():

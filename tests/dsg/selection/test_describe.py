@@ -1,6 +1,6 @@
 import torch
 
-from dsg.report.features import describe_features
+from dsg.selection.describe import describe_features
 from dsg.selection.rules import Selection
 from tests.helpers import identity_sae, tiny_model, tiny_tokenizer
 
@@ -35,12 +35,12 @@ def test_contexts_are_the_strongest_counted_token_of_each_text():
         if strength > 0:
             expected.append((float(strength), words, int(position)))
     expected.sort(reverse=True, key=lambda item: item[0])
-    assert len(described.contexts) == min(2, len(expected)) > 0
-    for context, (strength, words, position) in zip(described.contexts, expected, strict=False):
-        assert abs(context.activation - strength) < 1e-5
-        assert context.token.strip() == words[position]
+    assert len(described["contexts"]) == min(2, len(expected)) > 0
+    for context, (strength, words, position) in zip(described["contexts"], expected, strict=False):
+        assert abs(context["activation"] - strength) < 1e-5
+        assert context["token"].strip() == words[position]
         neighbours = words[max(0, position - 1) : position + 2]
-        assert f"{context.before}{context.token}{context.after}".split() == neighbours
+        assert "".join(context[part] for part in ("before", "token", "after")).split() == neighbours
 
 
 def test_promoted_tokens_are_the_largest_rows_of_the_unembedding():
@@ -49,21 +49,20 @@ def test_promoted_tokens_are_the_largest_rows_of_the_unembedding():
         # The decoder row of feature j is the j-th unit vector: the logit is column j.
         column = model.lm_head.weight[:, coordinate].tolist()
         best = sorted(range(len(column)), key=lambda token: -column[token])[:3]
-        assert feature.promoted == [tokenizer.decode([token]) for token in best]
+        assert feature["promoted"] == [tokenizer.decode([token]) for token in best]
 
 
 def test_scores_come_from_the_selection_and_padding_changes_nothing():
     _, _, together = describe([2, 3], batch_size=3)
     _, _, alone = describe([2, 3], batch_size=1)
     for first, second in zip(together, alone, strict=True):
-        assert (first.feature_id, first.forget_score, first.ratio) == (
-            second.feature_id,
-            0.5,
-            9.0,
-        )
-        assert [(c.before, c.token, c.after) for c in first.contexts] == [
-            (c.before, c.token, c.after) for c in second.contexts
+        assert (first["forget_score"], first["ratio"]) == (0.5, 9.0)
+        assert first["feature_id"] == second["feature_id"]
+        parts = [
+            [{**context, "activation": None} for context in described["contexts"]]
+            for described in (first, second)
         ]
+        assert parts[0] == parts[1]
 
 
 def test_a_selection_without_ratios_and_a_silent_feature():
@@ -72,5 +71,5 @@ def test_a_selection_without_ratios_and_a_silent_feature():
     (described,) = describe_features(
         model, tiny_tokenizer(), sae, Selection((4,), (0.1,), ()), TEXTS, hook_point=HOOK
     )
-    assert described.ratio is None
-    assert described.contexts == []
+    assert described["ratio"] is None
+    assert described["contexts"] == []

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsg.lm import read_activations, unwrap
-from dsg.report.files import FeatureDescription, TokenContext
 from dsg.sae import slice_features
-from dsg.selection import Selection, corpus_batches
+from dsg.selection.rules import Selection
+from dsg.selection.statistics import corpus_batches
 
 
 def describe_features(
@@ -28,7 +29,7 @@ def describe_features(
     context_tokens: int = 8,
     max_length: int = 256,
     batch_size: int = 32,
-) -> list[FeatureDescription]:
+) -> list[dict[str, Any]]:
     """Describe each selected feature by its strongest tokens and the tokens that it promotes.
 
     Args:
@@ -46,7 +47,9 @@ def describe_features(
         batch_size: Texts per forward pass.
 
     Returns:
-        One description per feature, in the order of the selection.
+        One description per feature, in the order of the selection: `feature_id`, `forget_score`,
+        `ratio` (None for rules that look at no retain text), `promoted` tokens, and `contexts` of
+        `before`, `token`, `after` and `activation`.
     """
     features = slice_features(sae, selection.feature_ids)
     # One list per feature of (activation, -number of the text, its token ids, position); the
@@ -56,30 +59,30 @@ def describe_features(
     for batch in corpus_batches(tokenizer, texts, max_length, batch_size):
         acts = features.encode(read_activations(model, hook_point, batch))
         acts = acts.masked_fill(~batch.token_mask.to(acts.device)[..., None], 0.0)
-        values, positions = (found.T.tolist() for found in acts.max(dim=1))
+        # [features, batch]: each text's strongest activation and where it is.
+        values, positions = (largest.T.tolist() for largest in acts.max(dim=1))
         rows = batch.input_ids.tolist()
-        for index, found in enumerate(strongest):
-            found += [
+        for index, contexts in enumerate(strongest):
+            contexts += [
                 (values[index][row], -(num_seen + row), ids, positions[index][row])
                 for row, ids in enumerate(rows)
                 if values[index][row] > 0
             ]
-            found[:] = heapq.nlargest(num_contexts, found)
+            contexts[:] = heapq.nlargest(num_contexts, contexts)
         num_seen += len(rows)
     promoted = _promoted_tokens(model, tokenizer, features.W_dec, num_promoted)
-    # Rules that look at no retain text give no ratio.
     ratios = selection.ratios or (None,) * len(selection.feature_ids)
     return [
-        FeatureDescription(
-            feature_id=selection.feature_ids[index],
-            forget_score=selection.forget_scores[index],
-            ratio=ratios[index],
-            contexts=[
+        {
+            "feature_id": selection.feature_ids[index],
+            "forget_score": selection.forget_scores[index],
+            "ratio": ratios[index],
+            "contexts": [
                 _context(tokenizer, ids, position, activation, context_tokens)
                 for activation, _, ids, position in strongest[index]
             ],
-            promoted=promoted[index],
-        )
+            "promoted": promoted[index],
+        }
         for index in range(len(selection.feature_ids))
     ]
 
@@ -103,11 +106,12 @@ def _context(
     position: int,
     activation: float,
     width: int,
-) -> TokenContext:
+) -> dict[str, Any]:
     """Split the decoded neighbourhood at the token, keeping the spaces between the parts."""
     start, end = max(0, position - width), position + width + 1
     ends = (position, position + 1, end)
     before, upto, whole = (
         str(tokenizer.decode(ids[start:stop], skip_special_tokens=True)) for stop in ends
     )
-    return TokenContext(before, upto[len(before) :], whole[len(upto) :], activation)
+    token, after = upto[len(before) :], whole[len(upto) :]
+    return {"before": before, "token": token, "after": after, "activation": activation}

@@ -1,12 +1,16 @@
-"""The tidy table: means and t intervals computed by hand, and what counts as one line."""
+"""`report.json`, and the tidy table: means and t intervals by hand, what counts as one line."""
 
 import csv
+import json
 import statistics
 
 import pytest
 
-from dsg.cli.grid.table import table_rows, write_table
-from dsg.io.results import row
+from dsg.errors import UserError
+from dsg.io.results import row, write_results
+from dsg.report import build_report
+from dsg.report.files import Densities, read_drawn, table_rows, write_drawn, write_table
+from tests.report_data import write_run
 
 T975_2 = 4.302652729911275  # Student's t, 97.5th percentile, 2 degrees of freedom
 
@@ -75,10 +79,61 @@ def test_lines_differ_in_phase_guard_mode_and_experiment():
 
 
 def test_the_file_is_plain_csv(tmp_path):
-    lines = table_rows([measured(0.25, 0)])
-    path = write_table(tmp_path / "table.csv", lines)
-    with path.open(newline="") as file:
-        [found] = csv.DictReader(file)
-    assert found["mean"] == "0.25"
-    assert found["low"] == found["attack"] == ""
-    assert list(found) == list(lines[0])
+    lines = write_table(tmp_path, [measured(0.25, 0)])
+    with (tmp_path / "table.csv").open(newline="") as file:
+        [read] = csv.DictReader(file)
+    assert read["mean"] == "0.25"
+    assert read["low"] == read["attack"] == ""
+    assert list(read) == list(lines[0])
+
+
+def test_the_report_keeps_times_that_are_no_results(tmp_path):
+    write_results(tmp_path, [measured(2.0, 0)])
+    times = [row(method="rmu", metric="seconds_to_unlearn", value=12.5, seed=0)]
+    write_drawn(tmp_path, times=times)
+    build_report(tmp_path)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        means = {line["metric"]: line["mean"] for line in csv.DictReader(file)}
+    assert means == {"perplexity": "2.0", "seconds_to_unlearn": "12.5"}
+
+
+def test_parts_come_back_as_written(tmp_path):
+    write_run(tmp_path)
+    drawn = read_drawn(tmp_path)
+    assert drawn.densities["dsg"].threshold == 0.19
+    assert len(drawn.densities["dsg"].domains["retain"]) == 720
+    assert [feature["feature_id"] for feature in drawn.features] == [17, 403]
+    assert drawn.features[0]["contexts"][1]["token"] == "Morvex"
+    assert drawn.settings[0].chosen["clamp_value"] == -20.0
+
+
+def test_numbers_are_rounded_and_other_parts_stay(tmp_path):
+    write_drawn(tmp_path, attempts=[{"lr": 0.1}])
+    write_drawn(tmp_path, densities={"dsg": Densities(1 / 3, {"forget": [1 / 3, 0.5]})})
+    drawn = read_drawn(tmp_path)
+    assert drawn.densities == {"dsg": Densities(0.333333, {"forget": [0.333333, 0.5]})}
+    assert json.loads((tmp_path / "report.json").read_text())["attempts"] == [{"lr": 0.1}]
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path):
+    content = {"dsg": {"threshold": 0.2, "domains": {"forget": [0.5]}}}
+    (tmp_path / "densities.json").write_text(json.dumps(content))
+    assert read_drawn(tmp_path).densities["dsg"] == Densities(0.2, {"forget": [0.5]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"features": [{"feature_id": 1}]}', r"report\.json does not have the form"),
+        ('{"features": [1]}', r"report\.json does not have the form"),
+        ('{"settings": [{"tried": 1}]}', r"report\.json does not have the form"),
+        ('{"densities": []}', r"report\.json does not have the form"),
+        ("[]", r"report\.json does not have the form"),
+    ],
+)
+def test_a_malformed_file_is_a_user_error(tmp_path, content, message):
+    write_results(tmp_path, [])
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        build_report(tmp_path)
