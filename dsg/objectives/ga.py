@@ -21,7 +21,6 @@ class GradientAscent(Objective):
     """
 
     name: ClassVar[str] = "ga"
-    label: ClassVar[str] = "Gradient ascent"
 
     def __call__(
         self,

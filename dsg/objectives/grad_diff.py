@@ -36,7 +36,6 @@ class GradDiff(Objective):
     """
 
     name: ClassVar[str] = "grad_diff"
-    label: ClassVar[str] = "GradDiff"
 
     def __init__(
         self,

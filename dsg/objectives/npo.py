@@ -43,7 +43,6 @@ class NPO(Objective):
     """
 
     name: ClassVar[str] = "npo"
-    label: ClassVar[str] = "NPO"
     needs_reference = True
 
     def __init__(

@@ -20,14 +20,12 @@ class Objective(ABC):
     """A way to change a model's weights so that it forgets: a loss, unless it is a `OneShot`.
 
     Attributes:
-        name: The `method` column of the results.
-        label: The method's name in tables and charts; empty takes `name`.
+        name: The `method` column of the results; `dsg.evaluation.columns` says how people read it.
         needs_reference: Whether the loss compares with the model before unlearning.
         changes_at_end: Whether `finish` does anything.
     """
 
     name: ClassVar[str]
-    label: ClassVar[str] = ""
     needs_reference: bool = False
     changes_at_end: ClassVar[bool] = False
 

@@ -36,7 +36,6 @@ class RMU(Objective):
     """
 
     name: ClassVar[str] = "rmu"
-    label: ClassVar[str] = "RMU"
 
     def __init__(
         self,

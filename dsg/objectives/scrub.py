@@ -45,7 +45,6 @@ class SCRUB(Objective):
     """
 
     name: ClassVar[str] = "scrub"
-    label: ClassVar[str] = "SCRUB"
     needs_reference = True
 
     def __init__(

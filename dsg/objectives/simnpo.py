@@ -45,7 +45,6 @@ class SimNPO(Objective):
     """
 
     name: ClassVar[str] = "simnpo"
-    label: ClassVar[str] = "SimNPO"
 
     def __init__(
         self,

@@ -124,7 +124,6 @@ class SSD(OneShot):
     """
 
     name: ClassVar[str] = "ssd"
-    label: ClassVar[str] = "SSD"
 
     def __init__(self, *, selection_threshold: float = 10.0, dampening: float = 1.0) -> None:
         # NaN compares false.

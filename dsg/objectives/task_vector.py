@@ -32,7 +32,6 @@ class TaskVector(Objective):
     """
 
     name: ClassVar[str] = "task_vector"
-    label: ClassVar[str] = "Task vector"
     changes_at_end: ClassVar[bool] = True
 
     def __init__(self, *, scale: float = 1.0) -> None:
