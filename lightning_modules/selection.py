@@ -25,8 +25,16 @@ from dsg.guard import (
 )
 from dsg.guard.sweep import sweep
 from dsg.io import row, write_atomically, write_results
-from dsg.lm import check_sae_place, check_width, load_model, read_activations, short_name
-from dsg.sae import Features, check_finite, check_supported, describe_sae, load_sae, slice_features
+from dsg.lm import check_width, load_model, read_activations, short_name
+from dsg.sae import (
+    Features,
+    check_finite,
+    check_sae_place,
+    check_supported,
+    describe_sae,
+    load_sae,
+    slice_features,
+)
 from dsg.selection import FeatureStatistics, batch_statistics, describe_texts, guard_texts
 from lightning_modules.parts.distributed import add_over_ranks, gather_firing_ranks
 from lightning_modules.parts.measuring import Labels

@@ -20,13 +20,12 @@ from dsg.io import with_bar
 from dsg.lm import (
     ModelIdentity,
     TokenBatch,
-    check_sae_place,
     check_width,
     resolve_hook_point,
     uncounted_token_ids,
     unwrap,
 )
-from dsg.sae import check_supported, describe_sae, slice_features
+from dsg.sae import check_sae_place, check_supported, describe_sae, slice_features
 from dsg.selection import (
     FORGET_FRACTIONS,
     RETAIN_FRACTIONS,

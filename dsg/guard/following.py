@@ -5,6 +5,7 @@ from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from dsg.errors import UserError
 from dsg.guard.calls import Calls
@@ -179,7 +180,7 @@ class Follower:
             forward.seen.clear()
         self._last = mine.last = forward
         mine.num_passes += 1
-        cache = getattr(output, "past_key_values", None)
+        cache = output.get("past_key_values") if isinstance(output, ModelOutput) else None
         if cache is None:
             cache = argument(module, "past_key_values", args, kwargs)
         evidence = [forward.evidence[index] for index in range(len(self._guards))]

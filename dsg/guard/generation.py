@@ -17,7 +17,7 @@ _FOLLOWED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # Older Gemma 2 configurations ask for a hybrid cache, which is a dynamic one by now.
 _DYNAMIC = (None, "dynamic", "hybrid")
 _CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-_DEFAULTS = GenerationConfig()
+_DEFAULTS = vars(GenerationConfig())
 
 
 def guarded_methods(model: PreTrainedModel, calls: Calls, reopen: Callable[[], None]) -> Methods:
@@ -73,7 +73,7 @@ def guarded_methods(model: PreTrainedModel, calls: Calls, reopen: Callable[[], N
         )
 
     methods = {"generate": generate, "_prepare_generation_config": prepare_checked}
-    return methods | {name: refuse for name in _CONTINUOUS if hasattr(model, name)}
+    return methods | dict.fromkeys(_CONTINUOUS, refuse)
 
 
 class _Generating:
@@ -81,7 +81,7 @@ class _Generating:
 
 
 def _check(prepare: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    settings = {name: value for name, value in arguments.items() if hasattr(_DEFAULTS, name)}
+    settings = {name: value for name, value in arguments.items() if name in _DEFAULTS}
     config, _ = prepare(arguments.get("generation_config"), **settings)
     mode = config.get_generation_mode(arguments.get("assistant_model"))
     if mode not in _FOLLOWED:

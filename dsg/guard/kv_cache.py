@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dsg.errors import UserError
 from dsg.guard.gate import Evidence
@@ -46,9 +47,9 @@ class CacheEvidence:
         Raises:
             UserError: If the cache was filled elsewhere.
         """
-        record = self._known(cache)
+        record = self._record(cache)
         cache.batch_repeat_interleave(repeats)
-        evidence = [one.repeat_interleave(repeats) for one in record.evidence]
+        evidence = [guards.repeat_interleave(repeats) for guards in record.evidence]
         self.remember(cache, evidence, record.num_positions)
 
     def recall(self, cache: Any, batch: int) -> list[Evidence] | None:
@@ -64,7 +65,7 @@ class CacheEvidence:
         past = past_length(cache)
         if past == 0:
             return None
-        record = self._known(cache)
+        record = self._record(cache)
         before = record.evidence[0].triggered.shape[0]
         if before != batch:
             raise UserError(
@@ -80,7 +81,7 @@ class CacheEvidence:
             )
         return record.evidence
 
-    def _known(self, cache: Any) -> _Record:
+    def _record(self, cache: Any) -> _Record:
         record = self._records.get(cache)
         if record is None:
             raise UserError(
@@ -98,8 +99,6 @@ def past_length(cache: Any) -> int:
 
 def _first_keys(cache: Any) -> Tensor | None:
     """The first key tensor of a cache: beam search, trimming and selecting rows replace it."""
-    for layer in getattr(cache, "layers", ()):
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor):
-            return keys
-    return None
+    layers = cache.layers if isinstance(cache, Cache) else ()
+    keys = (layer.keys for layer in layers if isinstance(layer, CacheLayerMixin))
+    return next((tensor for tensor in keys if tensor is not None), None)

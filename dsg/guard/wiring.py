@@ -107,7 +107,7 @@ def _nothing() -> None:
 
 
 def _contains(module: nn.Module | None, part: nn.Module) -> bool:
-    return module is not None and any(part is one for one in module.modules())
+    return module is not None and any(part is inner for inner in module.modules())
 
 
 def _decoder_replaced(other: nn.Module | None) -> UserError:

@@ -12,12 +12,11 @@ from .hooks import evaluating as evaluating
 from .hooks import hidden_size as hidden_size
 from .hooks import hidden_states as hidden_states
 from .hooks import is_reading as is_reading
+from .hooks import num_embeddings as num_embeddings
 from .hooks import read_activations as read_activations
 from .hooks import resolve_hook_point as resolve_hook_point
 from .hooks import unwrap as unwrap
 from .identity import ModelIdentity as ModelIdentity
-from .identity import check_sae_place as check_sae_place
-from .identity import num_embeddings as num_embeddings
 from .likelihood import mean_kl as mean_kl
 from .likelihood import mean_nll as mean_nll
 from .likelihood import mean_or_zero as mean_or_zero
@@ -27,6 +26,7 @@ from .likelihood import sequence_nll as sequence_nll
 from .likelihood import target_mask as target_mask
 from .pretrained import ADAPTER_CONFIG as ADAPTER_CONFIG
 from .pretrained import adapter_base as adapter_base
+from .pretrained import load_causal_lm as load_causal_lm
 from .pretrained import load_model as load_model
 from .pretrained import load_plain_model as load_plain_model
 from .pretrained import short_name as short_name
@@ -45,4 +45,3 @@ from .tokens import uncounted_token_ids as uncounted_token_ids
 from .trainable import LORA_TARGETS as LORA_TARGETS
 from .trainable import make_trainable as make_trainable
 from .trainable import trainable_weights as trainable_weights
-from .weights import load_causal_lm as load_causal_lm

@@ -24,8 +24,8 @@ def check_chat_template(tokenizer: Any, needed_by: str, remedy: str = _REMEDY) -
     Raises:
         UserError: There is none.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    if not tokenizer.chat_template:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
         raise UserError(
             f"{needed_by} needs a tokenizer with a chat template, and that of {name!r} has none; "
             f"{remedy}."

@@ -20,6 +20,11 @@ def never_compiled(function: _Function) -> _Function:
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside one that `torch.compile` returned; others as they are."""
+    return dict(module.named_children()).get("_orig_mod", module)
+
+
 def recompile(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Sets aside what was compiled before with these modules in it, until the result is called.
 
@@ -32,7 +37,7 @@ def recompile(modules: Iterable[nn.Module]) -> Callable[[], None]:
     Returns:
         What takes the forwards away again, once nobody else needs them; to be called once.
     """
-    inside = [getattr(module, "_orig_mod", module) for module in modules]
+    inside = [uncompiled(module) for module in modules]
     with _lock:
         for module in inside:
             _uses[module] = _uses.get(module, 0) + 1
@@ -43,8 +48,9 @@ def recompile(modules: Iterable[nn.Module]) -> Callable[[], None]:
         with _lock:
             for module in inside:
                 _uses[module] -= 1
-                own = getattr(vars(module).get("forward"), "__func__", None)
-                if _uses[module] == 0 and own is type(module).forward:
+                own = vars(module).get("forward")
+                of_class = types.MethodType(type(module).forward, module)
+                if _uses[module] == 0 and own == of_class:
                     del vars(module)["forward"]
 
     return undo

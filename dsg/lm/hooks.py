@@ -3,10 +3,10 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.lm.compiled import never_compiled, recompile
+from dsg.lm.compiled import never_compiled, recompile, uncompiled
 from dsg.lm.tokens import TokenBatch
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -31,6 +31,21 @@ _ELSEWHERE = {
 _reading: ContextVar[bool] = ContextVar("dsg_reading", default=False)
 
 
+@runtime_checkable
+class Adapted(Protocol):
+    """A PEFT model, by what it offers: importing peft takes a second."""
+
+    peft_config: Mapping[str, Any]
+
+    def get_base_model(self) -> nn.Module:
+        """The model inside the adapters."""
+        ...
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Turns the adapters off inside a `with` block."""
+        ...
+
+
 def is_reading() -> bool:
     """True while `read_activations` runs."""
     return _reading.get()
@@ -44,30 +59,34 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
-        if hasattr(inner, "get_base_model"):
+        if isinstance(inner, Adapted):
             inner = inner.get_base_model()
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif isinstance(getattr(inner, "module", None), nn.Module):
-            inner = inner.module
-        else:
+            continue
+        parts = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
+        wrapped = [parts[name] for name in ("_orig_mod", "module") if name in parts]
+        if not wrapped:
             raise UserError(
                 "`model` must be a Hugging Face PreTrainedModel or a PEFT, DDP or compile wrapper "
                 f"of one, got {type(inner).__name__}; pass the language model itself."
             )
+        inner = wrapped[0]
     return inner
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The stack of decoder layers, which every forward pass of `model` calls."""
-    decoder = unwrap(model).get_decoder()
     # Compiled in place or around it, it is this module that runs.
-    return getattr(decoder, "_orig_mod", decoder)
+    return uncompiled(unwrap(model).get_decoder())
 
 
 def hidden_size(model: nn.Module) -> int:
     """Width of the residual stream."""
     return unwrap(model).config.get_text_config().hidden_size
+
+
+def num_embeddings(model: nn.Module) -> int:
+    """Rows of a model's input embedding: the size of its vocabulary, with its padding."""
+    return unwrap(model).get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -2,16 +2,13 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from dsg.errors import UserError
 from dsg.io import noted_revision
-from dsg.lm.hooks import resolve_hook_point, unwrap
-
-if TYPE_CHECKING:
-    from sae_lens import SAE
+from dsg.lm.hooks import num_embeddings, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +73,7 @@ class ModelIdentity:
         """
         other = ModelIdentity.of(model)
         for name in ("model_type", "hidden_size", "num_layers", "vocab_size"):
-            wanted, got = getattr(self, name), getattr(other, name)
+            wanted, got = vars(self)[name], vars(other)[name]
             if wanted != got:
                 raise UserError(
                     f"`model` must have {name} {wanted!r} like {self.name!r}, for which the guard "
@@ -84,33 +81,3 @@ class ModelIdentity:
                 )
         if other.name != self.name:
             logger.info("guard made for %s is attached to %s", self.name, other.name)
-
-
-def check_sae_place(model: nn.Module, sae: "SAE[Any]", hook_point: str) -> None:
-    """Refuses an SAE that was trained on another place of the model, where it says so.
-
-    Args:
-        model: The language model, possibly wrapped.
-        sae: An SAE of SAELens.
-        hook_point: Where it is to read.
-
-    Raises:
-        UserError: If its recorded hook point is another one.
-    """
-    recorded = sae.cfg.metadata.hook_name
-    if not isinstance(recorded, str) or recorded == hook_point:
-        return
-    try:
-        same = resolve_hook_point(model, recorded) is resolve_hook_point(model, hook_point)
-    except UserError:
-        same = False
-    if not same:
-        raise UserError(
-            f"`hook_point` must be where the SAE was trained, {recorded!r}, got {hook_point!r}; "
-            "use that hook point or another SAE."
-        )
-
-
-def num_embeddings(model: nn.Module) -> int:
-    """Rows of a model's input embedding: the size of its vocabulary, with its padding."""
-    return unwrap(model).get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]

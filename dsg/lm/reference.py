@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError
-from dsg.lm.hooks import evaluating, unwrap
+from dsg.lm.hooks import Adapted, evaluating, unwrap
 from dsg.lm.tokens import TokenBatch
 
 
@@ -38,8 +38,8 @@ class AdapterOff:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        adapters = list(getattr(model, "peft_config", {}))
-        if len(adapters) != 1 or not hasattr(model, "disable_adapter"):
+        adapters = list(model.peft_config) if isinstance(model, Adapted) else []
+        if len(adapters) != 1:
             raise UserError(
                 "`model` must be a PEFT model with one adapter for a reference with the adapter "
                 f"off, got {type(model).__name__} with {len(adapters)}; merge earlier adapters "

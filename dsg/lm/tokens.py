@@ -25,8 +25,7 @@ def uncounted_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Returns:
         Distinct ids, ascending.
     """
-    roles = [getattr(tokenizer, f"{role}_token_id", None) for role in _UNCOUNTED_ROLES]
-    named = {token_id for token_id in roles if isinstance(token_id, int)}
+    named = set(_role_ids(tokenizer, _UNCOUNTED_ROLES))
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(named | {i for i in control if i != tokenizer.unk_token_id})
 
@@ -212,8 +211,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, model_name: str) -> None:
         UserError: It is one.
     """
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
-    roles = [getattr(tokenizer, f"{role}_token_id", None) for role in (*_UNCOUNTED_ROLES, "unk")]
-    used = [*added, *(token_id for token_id in roles if isinstance(token_id, int))]
+    used = [*added, *_role_ids(tokenizer, (*_UNCOUNTED_ROLES, "unk"))]
     size = max(tokenizer.vocab_size, *(token_id + 1 for token_id in used), 0)
     if size > vocab_size:
         raise UserError(
@@ -222,7 +220,13 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, model_name: str) -> None:
         )
 
 
+def _role_ids(tokenizer: Any, roles: Sequence[str]) -> list[int]:
+    """Ids of the tokens with these roles that the tokenizer has."""
+    ids = [getattr(tokenizer, f"{role}_token_id", None) for role in roles]
+    return [token_id for token_id in ids if isinstance(token_id, int)]
+
+
 def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

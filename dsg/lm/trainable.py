@@ -37,7 +37,8 @@ def make_trainable(
         UserError: The model already carries an adapter, `kind` is unknown, the rank is below 1, or
             a target matches no layer.
     """
-    if hasattr(model, "peft_config") or unwrap(model) is not model:
+    # PEFT leaves its configuration on the model inside.
+    if unwrap(model) is not model or "peft_config" in vars(model):
         raise UserError(
             f"`model` must be a plain model without adapter, got {type(model).__name__}; merge or "
             "unload the adapter first, because every attack starts a new one."

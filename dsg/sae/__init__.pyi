@@ -1,11 +1,12 @@
-from .competing import rebuild_features as rebuild_features
 from .features import DeviceOnlyModule as DeviceOnlyModule
 from .features import Features as Features
 from .features import check_feature_ids as check_feature_ids
 from .features import check_finite as check_finite
+from .features import rebuild_features as rebuild_features
 from .fit import Fit as Fit
 from .fit import Verdict as Verdict
 from .fit import check_fit as check_fit
+from .fit import check_sae_place as check_sae_place
 from .fit import verdict as verdict
 from .loading import check_sae_name as check_sae_name
 from .loading import check_supported as check_supported

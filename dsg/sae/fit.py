@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.lm import TokenBatch, check_width, resolve_hook_point, unwrap
@@ -273,9 +272,30 @@ def _clamp_ratio(sae: "SAE[Any]", sums: SpliceSums, clamp_value: float) -> float
     return written.quantile(0.5).item() * sums.scale / sums.norm
 
 
-def _same_hook_point(model: PreTrainedModel, recorded: str | None, given: str) -> bool | None:
-    if not recorded:
+def check_sae_place(model: nn.Module, sae: "SAE[Any]", hook_point: str) -> None:
+    """Refuses an SAE that was trained on another place of the model, where it says so.
+
+    Args:
+        model: The language model, possibly wrapped.
+        sae: An SAE of SAELens.
+        hook_point: Where it is to read.
+
+    Raises:
+        UserError: If its recorded hook point is another one.
+    """
+    recorded = sae.cfg.metadata.hook_name
+    if _same_hook_point(model, recorded, hook_point) is False:
+        raise UserError(
+            f"`hook_point` must be where the SAE was trained, {recorded!r}, got {hook_point!r}; "
+            "use that hook point or another SAE."
+        )
+
+
+def _same_hook_point(model: nn.Module, recorded: Any, given: str) -> bool | None:
+    if not isinstance(recorded, str) or not recorded:
         return None
+    if recorded == given:
+        return True
     try:
         return resolve_hook_point(model, recorded) is resolve_hook_point(model, given)
     except UserError:

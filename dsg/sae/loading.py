@@ -11,8 +11,13 @@ from torch import nn
 
 from dsg.errors import UserError
 from dsg.io import hub_error, is_refusal, parse_name
-from dsg.sae.competing import COMPETING, CompetingFeatures
-from dsg.sae.features import Features, FeatureSlice, check_feature_ids
+from dsg.sae.features import (
+    COMPETING,
+    CompetingFeatures,
+    Features,
+    FeatureSlice,
+    check_feature_ids,
+)
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -57,9 +62,9 @@ def slice_features(sae: "SAE[Any]", feature_ids: Sequence[int]) -> Features:
     normalization = sae.cfg.normalize_activations
     W_dec = weights["W_dec"][ids].to(dtype, copy=True)
     if architecture in COMPETING:
-        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-            W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
         config = {**sae.cfg.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+        if config.get("rescale_acts_by_decoder_norm"):
+            W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
         copies = {name: weight.to(dtype, copy=True) for name, weight in weights.items()}
         return CompetingFeatures(ids, W_dec, copies, config, normalization)
 

@@ -15,8 +15,7 @@ from datamodules.parts.loading import load_tokenizer
 from dsg.errors import UserError
 from dsg.io.results import read_run_facts
 from dsg.lm.identity import ModelIdentity
-from dsg.lm.pretrained import load_model, short_name
-from dsg.lm.weights import ADAPTER_WEIGHTS
+from dsg.lm.pretrained import ADAPTER_WEIGHTS, load_model, short_name
 from dsg.sae.loading import load_sae
 from lightning_modules import EvaluationModule
 from tests.families import FAMILIES, build

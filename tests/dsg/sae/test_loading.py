@@ -15,8 +15,7 @@ from sae_lens import (
 )
 
 from dsg.errors import UserError
-from dsg.sae.competing import rebuild_features
-from dsg.sae.features import FeatureSlice
+from dsg.sae.features import FeatureSlice, rebuild_features
 from dsg.sae.loading import REFUSED, describe_sae, load_sae, slice_features
 from tests.helpers import SAE_BUILDERS, identity_sae, jumprelu_sae, standard_sae
 
