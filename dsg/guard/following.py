@@ -5,7 +5,7 @@ from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from dsg.errors import UserError
 from dsg.guard.calls import Calls
