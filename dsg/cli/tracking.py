@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from dsg.evaluation import COMPARED
 from dsg.io import RESULTS_FILE, read_results
 
 _log = logging.getLogger(__name__)
@@ -22,7 +23,6 @@ _SUMMARY_COLUMNS = (
     *("method", "guard", "mode", "attack", "epoch", "request", "domain", "protocol"),
     *("metric", "value", "n", "low", "high"),
 )
-_SUMMARY_METRICS = ("accuracy", "alignment", "perplexity", "trigger_rate", "density_auroc")
 
 
 class Unfailing(Logger):
@@ -170,7 +170,8 @@ def log_summary(trainer: Trainer, run_dir: Path) -> None:
     """
     if not (run_dir / RESULTS_FILE).is_file():
         return
-    rows = [row for row in read_results(run_dir) if row["metric"] in _SUMMARY_METRICS]
+    compared = {column.metric for column in COMPARED}
+    rows = [row for row in read_results(run_dir) if row["metric"] in compared]
     epochs = [row["epoch"] for row in rows if row["epoch"] is not None]
     ends = {None, *((min(epochs), max(epochs)) if epochs else ())}
     cells = [[row[name] for name in _SUMMARY_COLUMNS] for row in rows if row["epoch"] in ends]

@@ -9,6 +9,7 @@ from .columns import COMPARED as COMPARED
 from .columns import DOMAINS as DOMAINS
 from .columns import METHODS as METHODS
 from .columns import METRICS as METRICS
+from .columns import PROTOCOLS as PROTOCOLS
 from .columns import Column as Column
 from .columns import domain_name as domain_name
 from .columns import method_name as method_name

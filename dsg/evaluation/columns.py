@@ -29,6 +29,9 @@ COLUMNS = {
     "high": "upper end of its 95 % interval",
 }
 
+# Others are parts of these (forms of questions, other rules) or a benchmark's own.
+PROTOCOLS = ("cloze", "lm_eval", "dsg", "passages", "generation", "prediction")
+
 Better = Literal["higher", "lower", "by domain"] | None
 
 

@@ -61,7 +61,8 @@ def build_report(run_dir: str | Path) -> Path:
         UserError: `results.jsonl` is missing, or a file is malformed.
     """
     rows, drawn = read_results(run_dir), read_drawn(run_dir)
-    measurements = Measurements(rows)
+    facts, measurements = read_run_facts(run_dir), Measurements(rows)
+    nested = {name: item for name, item in facts.items() if isinstance(item, dict | list)}
     write_table(run_dir, [*rows, *drawn.times])
     page = _template().render(
         findings=findings(measurements),
@@ -72,7 +73,8 @@ def build_report(run_dir: str | Path) -> Path:
         sequential=list(_sequential(measurements)),
         features=drawn.features,
         settings=drawn.settings,
-        facts=read_run_facts(run_dir),
+        simple_facts={name: item for name, item in facts.items() if name not in nested},
+        nested_facts=nested,
         chance=f"{CHANCE:.0%}",
         alignment=METRICS["alignment"].meaning,
     )

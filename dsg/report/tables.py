@@ -13,6 +13,7 @@ from dsg.evaluation import (
     COMPARED,
     DOMAINS,
     METRICS,
+    PROTOCOLS,
     Column,
     alignment,
     method_name,
@@ -27,7 +28,7 @@ _FORGET_ACCURACY = COMPARED[0]
 # Where there are questions they say more, and a terminal is narrow.
 _WITHOUT_QUESTIONS = ("Forget perplexity", "Forget ROUGE-L", "Retain ROUGE-L")
 
-_OVERALL = (None, "cloze", "lm_eval", "dsg", "passages", "generation", "prediction")
+_OVERALL = (None, *PROTOCOLS)
 _MAX_LINES = 24
 _GUARD = {"none": "no guard", "off": "guard off", "on": "guard on"}
 

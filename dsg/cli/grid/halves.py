@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsg.evaluation import Outcome, unlearning_score
+from dsg.evaluation import PROTOCOLS, Outcome, unlearning_score
 from dsg.io import row
 
 METRIC = "unlearning_score"
-_PROTOCOLS = ("cloze", "lm_eval", "dsg")
 
 Row = Mapping[str, Any]
 
@@ -25,7 +24,7 @@ def score_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """
     by_seed: dict[Any, list[Row]] = {}
     for found in rows:
-        if found["metric"] == "accuracy" and found["protocol"] in _PROTOCOLS:
+        if found["metric"] == "accuracy" and found["protocol"] in PROTOCOLS:
             by_seed.setdefault(found["seed"], []).append(found)
     scored = [_score(seed, measured) for seed, measured in by_seed.items()]
     return [found for found in scored if found is not None]

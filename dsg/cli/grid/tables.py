@@ -6,11 +6,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dsg.evaluation import ATTACKED, COMPARED, Column, method_name, metric_of
+from dsg.evaluation import ATTACKED, COMPARED, PROTOCOLS, Column, method_name, metric_of
 
 Line = Mapping[str, Any]
 
-_PROTOCOLS = ("cloze", "lm_eval", "dsg", "passages")
 _SWEPT = ("forget", "near", "retain", "align.", "ppl")
 
 
@@ -47,7 +46,7 @@ def _table(
     table.add_column(first, overflow="fold")
     cells: dict[tuple[Any, ...], dict[tuple[Any, str], float]] = {}
     for line in lines:
-        if line["protocol"] in _PROTOCOLS:
+        if line["protocol"] in PROTOCOLS:
             row = cells.setdefault(tuple(line[key] for key in place), {})
             row[line["domain"], line["metric"]] = line["mean"]
     places = {(column.domains[0], column.metric): column.short for column in columns}

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -116,6 +118,14 @@ def test_page_is_self_contained_and_accessible(text):
 
 def test_same_run_gives_the_same_page(run_dir, text):
     assert build_report(run_dir).read_text(encoding="utf-8") == text
+
+
+def test_a_page_is_made_without_pytorch(run_dir):
+    code = (
+        "import sys; from dsg.report import build_report; build_report(sys.argv[1]);"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, run_dir], check=False).returncode == 0
 
 
 def test_hostile_text_stays_text(tmp_path):
