@@ -94,10 +94,11 @@ def test_runs_have_names_of_their_own():
         ("mine.yaml", "mine"),
         ("folder/mine.yaml", "mine"),
         ("fit", "fit"),
+        ("configs/attack/relearn.yaml configs/parts/train_time.yaml", "attack_relearn_train_time"),
     ],
 )
 def test_run_name(path, expected):
-    assert run_name(Path(path)) == expected
+    assert run_name(*map(Path, path.split())) == expected
 
 
 def test_a_sequence_fulfils_its_requests_as_a_single_request_is_fulfilled():

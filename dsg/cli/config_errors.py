@@ -118,7 +118,7 @@ def _dotted(keys: list[tuple[int, str]], owners: list[tuple[int, str]], depth: i
         if at >= depth and path:
             break
         if (at, key) in owners:
-            kind = _imported(key)
+            kind = imported(key)
             path += "" if dataclasses.is_dataclass(kind) or kind is None else ".init_args"
         else:
             path += f".{key}"
@@ -163,7 +163,7 @@ def _no_entry(key: str, reason: _Reason, match: re.Match[str]) -> str:
 
 def _no_class(key: str, _: _Reason, match: re.Match[str]) -> str:
     module, name = match[1], match[2]
-    found = _imported(module)
+    found = imported(module)
     near = did_you_mean(name, getattr(found, "__all__", dir(found)))
     return f"{key} names a class that there is not, {module} has no {name!r}{near}"
 
@@ -197,7 +197,7 @@ _TOLD: list[tuple[str, Callable[[str, _Reason, re.Match[str]], str]]] = [
 
 
 def _arguments(class_path: str) -> Iterable[str]:
-    kind = _imported(class_path)
+    kind = imported(class_path)
     return inspect.signature(kind).parameters if callable(kind) else ()
 
 
@@ -209,7 +209,7 @@ def _run_options() -> list[str]:
     return [*own, *(f"trainer.{name}" for name in inspect.signature(Trainer).parameters)]
 
 
-def _imported(path: str) -> object:
+def imported(path: str) -> object:
     """What a dotted path leads to; None if that is nothing."""
     module, _, name = path.rpartition(".")
     try:

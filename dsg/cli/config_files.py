@@ -1,13 +1,20 @@
 """Configuration files of a command line, read once before the parser that trusts them."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+import os.path
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from dsg.cli.config_errors import imported
 from dsg.cli.grid.overrides import read_config
+from dsg.errors import UserError
 from dsg.io import read_yaml
 
 _CONFIG = ("-c", "--config")
 _YAML = (".yaml", ".yml")
+# Settings of a module that its data module may have too: a configuration states each once.
+_SHARED = ("model_name", "base_model_name", "seed")
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -28,6 +35,52 @@ def check_config_files(arguments: Sequence[str]) -> None:
             read_config(path)
         elif value.endswith(_YAML) and not inline and path.exists():
             read_yaml(path)
+
+
+def with_shared(arguments: Sequence[str]) -> list[str]:
+    """A command line on which the data's settings that follow from the model's are spelled out.
+
+    Not by `link_arguments` of the parser, which would overwrite a second value that differs: the
+    tokenizer of a changed model's original may be meant (`check_inputs` knows which are allowed).
+
+    Raises:
+        UserError: A setting is given twice, and the values differ.
+    """
+    given = dict(_settings(arguments))
+    added = []
+    for place, path in (("data", "data.init_args"), ("data.of", "data.init_args.of.init_args")):
+        kind = imported(str(given.get(f"{place}.class_path") or given.get(place) or "builtins"))
+        accepted = inspect.signature(kind).parameters if callable(kind) else ()
+        for name in _SHARED:
+            value, second = given.get(f"model.{name}"), given.get(f"{place}.{name}")
+            if value is None or name not in accepted:
+                continue
+            if second is None:
+                added.append(f"--{path}.{name}={value}")
+            elif str(second) != str(value) and name != "model_name":
+                raise UserError(
+                    f"`{name}` of the data must be that of the model, {value!r}, got {second!r}; "
+                    "give it once, to the model."
+                )
+    return [*arguments, *added]
+
+
+def _settings(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Each setting of a command line by its dotted key without `init_args`, the last one wins."""
+    for option, value in _values(arguments):
+        key, is_file = option.removeprefix("--"), os.path.isfile(value)
+        if option in _CONFIG:
+            yield from _flat("", read_config(Path(value)) if is_file else {})
+        elif value.endswith(_YAML) and is_file:
+            yield from _flat(f"{key}.", read_yaml(Path(value)))
+        else:
+            yield key.replace(".init_args", ""), value
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    for name, inner in value.items() if isinstance(value, Mapping) else ():
+        yield f"{prefix}{name}", inner
+        yield from _flat(prefix if name == "init_args" else f"{prefix}{name}.", inner)
 
 
 def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from dsg.cli.benchmark_names import map_strings, resolve_benchmark
 from dsg.cli.config_errors import one_line, one_sentence, user_error_behind
-from dsg.cli.config_files import check_config_files
+from dsg.cli.config_files import check_config_files, with_shared
 from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.early_checks import check_inputs
 from dsg.cli.interrupts import interrupts_raised
@@ -147,7 +147,7 @@ class RunCLI(LightningCLI):
         self._started = time.time()
         self._replaces: list[Path] | None = None
         super().__init__(
-            args=arguments,
+            args=with_shared(arguments),
             save_config_callback=SaveRunConfig,
             trainer_defaults=TRAINER_DEFAULTS
             | {"callbacks": [RowsInCheckpoints(), EndsAtSigterm()]},
@@ -161,8 +161,8 @@ class RunCLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="Directory of this run; by default runs/<name of the first configuration>, which "
-            "is evaluate_dsg for configs/evaluate/dsg.yaml.",
+            help="Directory of this run; by default runs/<names of the configurations>, which is "
+            "evaluate_dsg for configs/evaluate/dsg.yaml.",
         )
         parser.add_argument(
             "--overwrite", action="store_true", help="Replace an earlier run in run_dir."
@@ -196,8 +196,8 @@ class RunCLI(LightningCLI):
             return
         config = self.config[self.subcommand]
         check_strategy(config.trainer.strategy)
-        first = config.config[0] if config.config else self.subcommand
-        self.run_dir = Path(config.run_dir or f"runs/{run_name(Path(first))}")
+        paths = [Path(str(path)) for path in config.config or [self.subcommand]]
+        self.run_dir = Path(config.run_dir or f"runs/{run_name(*paths)}")
         claim = run_directory(self.run_dir, overwrite=config.overwrite, resume=config.resume)
         self._stack.enter_context(claim)
         self._stack.push(self._finish)
@@ -291,8 +291,11 @@ class RunCLI(LightningCLI):
         write_run_facts(self.run_dir, {**read_run_facts(self.run_dir), **facts})
 
 
-def run_name(config_path: Path) -> str:
-    """Name of a configuration's run: its path below `configs/`, else the file's name alone."""
-    parts = config_path.with_suffix("").parts
+def run_name(first: Path, *others: Path) -> str:
+    """Name of a run: the first configuration's path below `configs/`, and the others' file names.
+
+    Outside of `configs/` the first one's file name stands alone as well.
+    """
+    parts = first.with_suffix("").parts
     below = parts[::-1].index("configs") if "configs" in parts else 1
-    return "_".join(parts[len(parts) - below :])
+    return "_".join([*parts[len(parts) - below :], *(path.stem for path in others)])

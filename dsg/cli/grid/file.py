@@ -22,8 +22,8 @@ class Sweep:
     command: Literal["fit", "validate", "test", "halves"]
     """What runs a cell: `fit`, `validate`, `test`, or `halves`: `validate` and `test`, from which
     the unlearning score of a guard's settings is made."""
-    config: str
-    """The runnable configuration, relative to the grid file."""
+    config: str | list[str]
+    """The runnable configuration, relative to the grid file; several are laid over each other."""
     seeds: list[int]
     """Seeds of every combination; each also names the embedded benchmark of the run."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
@@ -46,10 +46,10 @@ class Sweep:
 class Method:
     """A method and the settings that are tried for it on the validation half."""
 
-    config: str
-    """The runnable configuration, relative to the grid file. One that evaluates a guard is tuned as
-    a guard; one that evaluates no guard has nothing to tune; any other one is a `fit` that leaves a
-    changed model behind."""
+    config: str | list[str]
+    """The runnable configuration, relative to the grid file; several are laid over each other. One
+    that evaluates a guard is tuned as a guard; one that evaluates no guard has nothing to tune; any
+    other one is a `fit` that leaves a changed model behind."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Values to try, by the dotted key of the configuration."""
     epochs: list[int] | None = None
@@ -70,8 +70,8 @@ class Method:
 class Attack:
     """An attack, run with every learning rate; what the best one recovers is reported."""
 
-    config: str
-    """The runnable configuration, relative to the grid file."""
+    config: str | list[str]
+    """The runnable configuration, relative to the grid file; several are laid over each other."""
     lr: list[float]
     """Learning rates of the attacker."""
     fixed: dict[str, Any] = field(default_factory=dict)

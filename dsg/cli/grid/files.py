@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from dsg.cli.config_errors import one_sentence
 from dsg.cli.grid.file import Benchmark, Sweep, check_keys
-from dsg.cli.grid.overrides import Config, read_config
+from dsg.cli.grid.overrides import Config, merged, read_config
 from dsg.errors import UserError
 
 Grid = Sweep | Benchmark
@@ -34,7 +34,7 @@ def read_grid(path: Path) -> Grid:
 
 
 def named_configs(grid: Grid, path: Path) -> dict[str, Config]:
-    """The runnable configurations that a grid names, by the name that it uses.
+    """The runnable configurations that a grid names, by `str` of what it calls them.
 
     Args:
         grid: What the file says.
@@ -43,10 +43,16 @@ def named_configs(grid: Grid, path: Path) -> dict[str, Config]:
     Raises:
         UserError: One cannot be read.
     """
-    return {name: read_config(path.parent / name) for name in _names(grid)}
+    return {
+        str(names): merged(
+            read_config(path.parent / name)
+            for name in ([names] if isinstance(names, str) else names)
+        )
+        for names in _names(grid)
+    }
 
 
-def _names(grid: Grid) -> Iterable[str]:
+def _names(grid: Grid) -> Iterable[str | list[str]]:
     if isinstance(grid, Sweep):
         return [grid.config]
     return [entry.config for entry in (*grid.methods.values(), *grid.attacks.values())]

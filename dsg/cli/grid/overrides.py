@@ -3,7 +3,7 @@
 import copy
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ def read_config(path: Path) -> Config:
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} must hold a mapping, got {content!r}; mend it.")
     return content
+
+
+def merged(configs: Iterable[Mapping[str, Any]]) -> Config:
+    """Configurations laid over each other, the last on top, as several `-c` are."""
+    result: Config = {}
+    for config in configs:
+        for name, value in config.items():
+            below = result.get(name)
+            both = isinstance(below, Mapping) and isinstance(value, Mapping)
+            result[name] = merged([below, value]) if both else copy.deepcopy(value)  # type: ignore
+    return result
 
 
 def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

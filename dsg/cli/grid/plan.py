@@ -52,7 +52,7 @@ class Plan:
 
     Args:
         benchmark: What the grid file says.
-        configs: The runnable configurations that it names, by the name that it uses.
+        configs: The runnable configurations that it names, by `str` of what it calls them.
         name: Of the grid; groups the attacks in the tracker.
 
     Raises:
@@ -65,7 +65,7 @@ class Plan:
         self.places = [Place(*pair) for pair in product(benchmark.seeds, benchmark.forget_domains)]
         self._configs = configs
         self.kinds: dict[str, Kind] = {
-            name: kind_of(configs[method.config]) for name, method in benchmark.methods.items()
+            name: kind_of(configs[str(method.config)]) for name, method in benchmark.methods.items()
         }
         check_kinds(benchmark, self.kinds)
 
@@ -183,7 +183,7 @@ class Plan:
         return self._of_kind("base")[0]
 
     def _config(self, method: Method, place: Place, values: Mapping[str, Any]) -> Config:
-        config = with_seed(self._configs[method.config], place.seed)
+        config = with_seed(self._configs[str(method.config)], place.seed)
         return changed(config, {**method.fixed, **values, _DOMAIN_KEY: place.domain})
 
     def _guards(self, place: Place) -> Cell:
@@ -241,7 +241,7 @@ class Plan:
         source: Cell | None = None,
     ) -> Config:
         settings = self.benchmark.attacks[attack]
-        config = with_seed(self._configs[settings.config], place.seed)
+        config = with_seed(self._configs[str(settings.config)], place.seed)
         values = {
             "data.init_args.val_split": "test",
             **settings.fixed,
@@ -276,4 +276,4 @@ class Plan:
         return {GUARD_KEY: {**place, "artifact": source.path(name)}}
 
     def _default_epochs(self, method: Method) -> int:
-        return value_at(self._configs[method.config], EPOCHS_KEY) or 1
+        return value_at(self._configs[str(method.config)], EPOCHS_KEY) or 1

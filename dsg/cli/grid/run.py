@@ -109,7 +109,7 @@ def run_grid(grid: Grid, path: Path, run_dir: Path, jobs: int, console: Console)
     with Workers(jobs, run_dir) as workers:
         rounds = Rounds(run_dir, workers, console)
         if isinstance(grid, Sweep):
-            rows = _run_sweep(grid, configs[grid.config], rounds)
+            rows = _run_sweep(grid, configs[str(grid.config)], rounds)
             times: list[dict[str, Any]] = []
         else:
             plan = Plan(grid, configs, run_name(path))
