@@ -1,6 +1,6 @@
 """Two runs, item by item: what each item scored in either, and whether the difference is real."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,6 @@ _NO_METRIC = ("guard", "kind", "domain", "pool", "key", "id", "fact", "text", "c
 _NO_METRIC_PREFIX = ("num_tokens", "log_prob_")
 
 
-@dataclass(frozen=True, order=True)
-class _Item:
-    """What an item is known by in every run."""
-
-    kind: str
-    domain: str
-    key: str
-
-
 @dataclass(frozen=True)
 class _Scores:
     """Values of one item, the names under which they are reported, and what makes them a pair."""
@@ -35,7 +26,8 @@ class _Scores:
     values: dict[str, float]
 
 
-_Items = dict[_Item, _Scores]
+# Kind, domain and key of an item, which are the same in every run -> what it scored.
+_Items = dict[tuple[str, str, str], _Scores]
 
 
 @dataclass(frozen=True)
@@ -95,47 +87,49 @@ def compare_runs(
     """
     runs = [_read(folder) for folder in (first, second)]
     pairs = [guards] if guards else [(state, state) for state in runs[0] if state in runs[1]]
-    known = [sorted(run) for run in runs]
-    if not pairs or any(pair[i] not in run for pair in pairs for i, run in enumerate(runs)):
+    if not pairs or any(
+        state not in run for pair in pairs for state, run in zip(pair, runs, strict=True)
+    ):
+        states = [sorted(run) for run in runs]
         raise UserError(
-            f"the runs must have the states of the guard that are to be compared, got {known[0]} "
-            f"in {str(first)!r} and {known[1]} in {str(second)!r}; choose one of each with "
+            f"the runs must have the states of the guard that are to be compared, got {states[0]} "
+            f"in {str(first)!r} and {states[1]} in {str(second)!r}; choose one of each with "
             "--guard_a and --guard_b."
         )
-    found: list[Comparison] = []
-    overlaps = [_overlap(pair, runs[0][pair[0]], runs[1][pair[1]]) for pair in pairs]
+    items = {pair: (runs[0][pair[0]], runs[1][pair[1]]) for pair in pairs}
+    overlaps = [
+        Overlap(pair, len(a.keys() & b), len(a.keys() - b), len(b.keys() - a))
+        for pair, (a, b) in items.items()
+    ]
     if not any(overlap.both for overlap in overlaps):
         raise UserError(
             f"{str(first)!r} and {str(second)!r} must have measured the same items, got "
             f"{overlaps[0].first_only} and {overlaps[0].second_only} of which none is the same; "
             "evaluate both on the same data and split."
         )
-    for pair in pairs:
-        found += _compare(pair, runs[0][pair[0]], runs[1][pair[1]])
-    return found, overlaps
+    comparisons = [row for pair, both in items.items() for row in _compare(pair, *both)]
+    return comparisons, overlaps
 
 
 def _read(run_dir: str | Path) -> dict[str, _Items]:
     """What each item of a run scored, by the guard's state."""
     states: dict[str, _Items] = {}
     for row in read_items(run_dir):
-        item = _Item(row["kind"], row["domain"], row["key"])
-        if not item.key:
+        domain, key = row["domain"], row["key"]
+        if not key:
             raise UserError(
-                f"items must have a key to be compared, got one of {item.domain!r} without in "
+                f"items must have a key to be compared, got one of {domain!r} without in "
                 f"{str(run_dir)!r}; evaluate again with data whose items have keys."
             )
         items = states.setdefault(row["guard"], {})
-        if item in items:
+        if (row["kind"], domain, key) in items:
             raise UserError(
-                f"items must be told apart by kind, domain and key, got {item.key} of "
-                f"{item.domain!r} twice in {str(run_dir)!r}; evaluate the data sets in runs of "
-                "their own."
+                f"items must be told apart by kind, domain and key, got {key} of {domain!r} twice "
+                f"in {str(run_dir)!r}; evaluate the data sets in runs of their own."
             )
-        names = frozenset({item.domain, row.get("pool") or item.domain})
-        fact = row.get("fact")
-        pair = f"{item.domain} {item.key}" if fact is None else f"fact {fact}"
-        items[item] = _Scores(names, pair, _values(row))
+        names, fact = frozenset({domain, row.get("pool") or domain}), row.get("fact")
+        pair = f"{domain} {key}" if fact is None else f"fact {fact}"
+        items[row["kind"], domain, key] = _Scores(names, pair, _values(row))
     return states
 
 
@@ -153,57 +147,47 @@ def _values(row: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _overlap(guards: tuple[str, str], first: _Items, second: _Items) -> Overlap:
-    both = first.keys() & second.keys()
-    return Overlap(guards, len(both), len(first) - len(both), len(second) - len(both))
-
-
 def _compare(guards: tuple[str, str], first: _Items, second: _Items) -> list[Comparison]:
     columns: dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]] = {}
     shared = first.keys() & second.keys()
     twice = named_twice(
-        (item.domain, next(iter(first[item].names - {item.domain}), None)) for item in shared
+        (item[1], next(iter(first[item].names - {item[1]}), None)) for item in shared
     )
     # In the order of the keys: the resampling must not depend on the order of the files.
     for item in sorted(shared):
-        one, other = first[item], second[item]
-        for metric in one.values.keys() & other.values.keys():
-            for name in (one.names & other.names) - twice:
-                pairs = columns.setdefault((item.kind, name, metric), {})
-                pairs.setdefault(one.pair, []).append((one.values[metric], other.values[metric]))
-    return [
-        Comparison(guards, *column, compare_values(*_means(pairs.values())))
-        for column, pairs in sorted(columns.items())
-    ]
-
-
-def _means(facts: Iterable[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """Each run's mean over the wordings of each fact."""
-    means = [[sum(values) / len(values) for values in zip(*pairs, strict=True)] for pairs in facts]
-    first, second = zip(*means, strict=True)
-    return list(first), list(second)
+        a, b = first[item], second[item]
+        for metric in a.values.keys() & b.values.keys():
+            for name in (a.names & b.names) - twice:
+                pairs = columns.setdefault((item[0], name, metric), {})
+                pairs.setdefault(a.pair, []).append((a.values[metric], b.values[metric]))
+    comparisons = []
+    for column, pairs in sorted(columns.items()):
+        # Each run's mean over the wordings of each fact.
+        means = [np.mean(wordings, axis=0).tolist() for wordings in pairs.values()]
+        comparisons.append(Comparison(guards, *column, compare_values(*zip(*means, strict=True))))
+    return comparisons
 
 
 def choose(
-    found: Sequence[Comparison], metrics: Sequence[str], domains: Sequence[str]
+    comparisons: Sequence[Comparison], metrics: Sequence[str], domains: Sequence[str]
 ) -> list[Comparison]:
     """The comparisons of some metrics and domains; an empty list takes all.
 
     Raises:
         UserError: A name is unknown.
     """
-    for option, wanted, known in (
-        ("metric", metrics, {comparison.metric for comparison in found}),
-        ("domain", domains, {comparison.domain for comparison in found}),
+    for option, wanted, measured in (
+        ("metric", metrics, {comparison.metric for comparison in comparisons}),
+        ("domain", domains, {comparison.domain for comparison in comparisons}),
     ):
-        unknown = sorted(set(wanted) - known)
+        unknown = sorted(set(wanted) - measured)
         if unknown:
             raise UserError(
-                f"--{option} must be one of {', '.join(sorted(known))}, got {unknown[0]!r}."
+                f"--{option} must be one of {', '.join(sorted(measured))}, got {unknown[0]!r}."
             )
     return [
         comparison
-        for comparison in found
+        for comparison in comparisons
         if (not metrics or comparison.metric in metrics)
         and (not domains or comparison.domain in domains)
     ]

@@ -5,7 +5,6 @@ one run to another, so that runs can be compared item by item.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -65,14 +64,10 @@ class Passage:
     """A text whose loss is measured.
 
     Attributes:
-        id: As for `Question`.
-        domain: As for `Question`.
+        id: As for `Question`, like all that is not listed.
         text: What is scored.
-        shown: As for `Question`.
         context: Text right before it that is read but not scored; a guard takes it as the prompt.
             Without it the whole passage decides.
-        pool: As for `Question`.
-        key: As for `Question`.
         closed: Whether the eos token that closes the text is scored with it.
     """
 
@@ -91,17 +86,13 @@ class Prompt:
     """A text that the model continues, greedily.
 
     Attributes:
-        id: As for `Question`.
-        domain: As for `Question`.
+        id: As for `Question`, like all that is not listed.
         text: The prompt, without the tokenizer's own special tokens.
         reference: What the continuation is compared with.
         max_new_tokens: Longest continuation, in tokens.
         stop: The continuation is cut before the first of these strings.
         max_reference_tokens: The reference is cut to as many tokens, those that the tokenizer adds
             among them; None keeps all.
-        shown: As for `Question`.
-        pool: As for `Question`.
-        key: As for `Question`.
     """
 
     id: int
@@ -125,14 +116,34 @@ def item_key(*parts: str) -> str:
 
 
 @dataclass(frozen=True)
-class QuestionBatch:
+class _Batch:
+    """Items of one batch.
+
+    Attributes:
+        ids: Ids of the items, `[b]`.
+    """
+
+    ids: Int[Tensor, " b"]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on `device`."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | TokenBatch)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Some of the items, with step 1."""
+        columns = {k: v for k, v in vars(self).items() if isinstance(v, Tensor | TokenBatch | list)}
+        return replace(self, **{name: column[rows] for name, column in columns.items()})
+
+
+@dataclass(frozen=True)
+class QuestionBatch(_Batch):
     """Questions of one batch; the options of a question lie in adjacent rows.
 
     Attributes:
         prompts: One row per question, padded on the left, `[b, seq]`.
         options: One row per option, padded on the right, `[b * num_options, tokens]`; its token
             mask tells what is scored.
-        ids: Question ids, `[b]`.
         answers: Index of the right answer, `[b]`.
         num_options: Options per question.
         option_chars: Characters of each option without its separator, `[b * num_options]`.
@@ -141,70 +152,43 @@ class QuestionBatch:
 
     prompts: TokenBatch
     options: TokenBatch
-    ids: Int[Tensor, " b"]
     answers: Int[Tensor, " b"]
     num_options: int
     option_chars: Int[Tensor, " rows"]
     protocol: Protocol = "cloze"
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same batch on `device`."""
-        moved = ("prompts", "options", "ids", "answers", "option_chars")
-        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def __getitem__(self, rows: slice) -> Self:
         """Some of the questions, with step 1."""
         start, stop, _ = rows.indices(len(self.ids))
         options = slice(start * self.num_options, stop * self.num_options)
         return replace(
-            self,
-            prompts=self.prompts[rows],
+            super().__getitem__(rows),
             options=self.options[options],
-            ids=self.ids[rows],
-            answers=self.answers[rows],
             option_chars=self.option_chars[options],
         )
 
 
 @dataclass(frozen=True)
-class PassageBatch:
+class PassageBatch(_Batch):
     """Passages of one batch, padded on the right.
 
     Attributes:
         tokens: Context and passage, `[b, seq]`.
-        ids: Passage ids, `[b]`.
         context_lengths: Tokens of each context, `[b]`; all zero or none of them.
         closed: Whether the last token of each is scored even if it does not count, `[b]`.
     """
 
     tokens: TokenBatch
-    ids: Int[Tensor, " b"]
     context_lengths: Int[Tensor, " b"]
     closed: Bool[Tensor, " b"]
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same batch on `device`."""
-        moved = ("tokens", "ids", "context_lengths", "closed")
-        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Some of the passages."""
-        return replace(
-            self,
-            tokens=self.tokens[rows],
-            ids=self.ids[rows],
-            context_lengths=self.context_lengths[rows],
-            closed=self.closed[rows],
-        )
-
 
 @dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(_Batch):
     """Prompts of one batch, which share their limits.
 
     Attributes:
         tokens: One row per prompt, padded on the left, `[b, seq]`.
-        ids: Prompt ids, `[b]`.
         references: What the continuations are compared with, cut as the prompts say.
         max_new_tokens: Longest continuation, in tokens.
         stop: Strings before which a continuation is cut.
@@ -212,21 +196,10 @@ class PromptBatch:
     """
 
     tokens: TokenBatch
-    ids: Int[Tensor, " b"]
-    references: Sequence[str]
+    references: list[str]
     max_new_tokens: int
     stop: tuple[str, ...]
     tokenizer: Any
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same batch on `device`."""
-        return replace(self, tokens=self.tokens.to(device), ids=self.ids.to(device))
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Some of the prompts."""
-        return replace(
-            self, tokens=self.tokens[rows], ids=self.ids[rows], references=self.references[rows]
-        )
 
 
 AnyBatch = QuestionBatch | PassageBatch | PromptBatch

@@ -79,7 +79,7 @@ class FeatureStatistics:
             token_mask: True for counted tokens.
             residual: Hook-point activations, for the mean residual norm.
         """
-        counted = feature_acts[token_mask]
+        counted = feature_acts[token_mask]  # [tokens, d_sae]
         for chunk in counted.split(_TOKENS_AT_ONCE):
             acts = chunk.double()
             self.sum += acts.sum(0).cpu()
@@ -120,14 +120,13 @@ class FeatureStatistics:
     def from_vector(cls, vector: Float[Tensor, " n"]) -> "FeatureStatistics":
         """Undoes `to_vector`."""
         d_sae = (len(vector) - 2) // 3
-        found = cls(d_sae)
-        found.sum, found.sum_of_squares, num_fired, scalars = vector.cpu().split(
-            [d_sae, d_sae, d_sae, 2]
-        )
-        found.num_fired = num_fired.long()
-        found.num_tokens = int(scalars[0])
-        found.residual_norm_sum = scalars[1]
-        return found
+        statistics = cls(d_sae)
+        sums = vector.cpu().split([d_sae, d_sae, d_sae, 2])
+        statistics.sum, statistics.sum_of_squares, num_fired, scalars = sums
+        statistics.num_fired = num_fired.long()
+        statistics.num_tokens = int(scalars[0])
+        statistics.residual_norm_sum = scalars[1]
+        return statistics
 
     def score(self, importance: Importance = "mean_square") -> Float[Tensor, " d_sae"]:
         """Importance of each feature, at least 0.
@@ -211,9 +210,9 @@ def batch_statistics(
     residual = read_activations(model, hook_point, batch)
     token_mask = batch.token_mask.to(residual.device)
     check_finite(residual, token_mask, hook_point)
-    for chunk in residual[token_mask].split(_TOKENS_AT_ONCE):
+    for chunk in residual[token_mask].split(_TOKENS_AT_ONCE):  # [tokens, d_in]
         with torch.no_grad():
-            feature_acts = sae.encode(chunk.to(sae.W_dec.device))
+            feature_acts = sae.encode(chunk.to(sae.W_dec.device))  # [tokens, d_sae]
         everything = torch.ones(chunk.shape[0], dtype=torch.bool, device=feature_acts.device)
         statistics.update(feature_acts, everything, residual=chunk.to(feature_acts.device))
     return statistics
@@ -264,11 +263,11 @@ class _Batches(Sequence[TokenBatch]):
         self, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[np.ndarray], batch_size: int
     ) -> None:
         self._sequences = sequences
-        self._indices = length_batches([len(ids) for ids in sequences], batch_size)
+        self._places = length_batches([len(ids) for ids in sequences], batch_size)
         self._pad_id, self._uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> TokenBatch: ...
@@ -279,5 +278,5 @@ class _Batches(Sequence[TokenBatch]):
     def __getitem__(self, index: int | slice) -> TokenBatch | list[TokenBatch]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        rows = [self._sequences[number].tolist() for number in self._indices[index]]
+        rows = [self._sequences[place].tolist() for place in self._places[index]]
         return pad_sequences(rows, self._pad_id, self._uncounted_ids)
