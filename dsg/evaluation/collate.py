@@ -29,8 +29,8 @@ def question_collate(
 
     Args:
         tokenizer: Of the model.
-        encoded: What `encode_question` said of questions so far; more is added. Every evaluation
-            of a run scores the same questions again.
+        encoded: Results of `encode_question` so far; more are added. Every evaluation of a run
+            scores the same questions again.
     """
     uncounted_ids = uncounted_token_ids(tokenizer)
     pad_id = padding_id(tokenizer)
@@ -53,9 +53,9 @@ def question_collate(
             prompts.append(rows[0][:num_prompt])
             options += [row[num_prompt:] for row in rows]
         padded = pad_sequences(options, pad_id, uncounted_ids)
-        closed = torch.tensor([q.closed for q in questions for _ in q.options])
+        closed = torch.tensor([q.closed for q in questions for _ in q.options])  # [b * options]
         # A guard decides on the prompt alone, and nothing that is scored follows this token.
-        scored = padded.token_mask | (last_places(padded) & closed[:, None])
+        scored = padded.token_mask | (last_places(padded) & closed[:, None])  # [b * options, seq]
         chars = [len(option.lstrip()) for question in questions for option in question.options]
         return QuestionBatch(
             # On the left, so that an option follows its prompt without a gap.

@@ -63,7 +63,7 @@ def predict_batch(model: nn.Module, batch: PromptBatch, guard: Guard) -> Values:
         counted = count_mask(
             tokens.input_ids, tokens.attention_mask, guard.uncounted_ids, guard.pad_id
         ).sum(1)
-        found = {
+        decisions = {
             "statistic": attachment.statistic,
             "triggered": attachment.triggered,
             "num_counted": counted,
@@ -73,11 +73,11 @@ def predict_batch(model: nn.Module, batch: PromptBatch, guard: Guard) -> Values:
     if batch.max_new_tokens:
         with guard.attached(inner, decision="prompt") as attachment:
             on = generate_to_end(inner, batch)
-            found["triggered_at_end"] = attachment.triggered
+            decisions["triggered_at_end"] = attachment.triggered
         # An untriggered sequence is bit-identical to the plain model.
-        off = generate_to_end(inner, batch) if found["triggered_at_end"].any() else on
-        found |= {"off": off, "on": on}
-    return {name: values.cpu() for name, values in found.items()}
+        off = generate_to_end(inner, batch) if decisions["triggered_at_end"].any() else on
+        decisions |= {"off": off, "on": on}
+    return {name: values.cpu() for name, values in decisions.items()}
 
 
 predict_in_memory = halving(predict_batch)
@@ -112,7 +112,7 @@ def measure_predictions(
         texts: All texts.
         rows: What was found about each of them, in the same order.
     """
-    found = []
+    measurements = []
     for domain in sorted({text.domain for text in texts}):
         members = [row for text, row in zip(texts, rows, strict=True) if text.domain == domain]
         counts = {"trigger_rate": sum(row["triggered"] for row in members)}
@@ -120,8 +120,8 @@ def measure_predictions(
             counts["changed_rate"] = sum(
                 row["continuation_on"] != row["continuation_off"] for row in members
             )
-        found += [
+        measurements += [
             Measurement(domain, metric, PROTOCOL, **vars(wilson(count, len(members))))
             for metric, count in counts.items()
         ]
-    return found
+    return measurements

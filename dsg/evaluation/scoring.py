@@ -63,20 +63,20 @@ def score_questions(
     token_log_probs, triggered, density = _option_log_probs(unwrap(model), batch, guard)
     check_log_probs(token_log_probs)
     rows = (len(batch.ids), batch.num_options)
-    log_probs = token_log_probs.sum(dim=1).reshape(rows)
+    log_probs = token_log_probs.sum(dim=1).reshape(rows)  # [b, options]
     tokens = batch.options.token_mask.sum(dim=1).reshape(rows)
     chars = batch.option_chars.reshape(rows)
     if batch.protocol == "dsg":
         # Two spellings of each letter.
-        log_probs = log_probs.unflatten(1, (-1, 2)).amax(dim=2)
+        log_probs = log_probs.unflatten(1, (-1, 2)).amax(dim=2)  # [b, answers]
         tokens, chars = tokens[:, ::2], chars[:, ::2]
     scores = log_probs / tokens if batch.protocol == "cloze" else log_probs
-    right = batch.answers[:, None]
-    wrong = scores.scatter(1, right, -torch.inf).amax(dim=1)
+    right = batch.answers[:, None]  # [b, 1]
+    wrong = scores.scatter(1, right, -torch.inf).amax(dim=1)  # [b]
     chosen = scores.argmax(dim=1)
     by_answer = {f"log_prob_{place}": log_probs[:, place] for place in range(log_probs.shape[1])}
     by_answer |= {f"num_tokens_{place}": tokens[:, place] for place in range(tokens.shape[1])}
-    found = {
+    values_by_name = {
         "correct": chosen == batch.answers,
         "correct_plain": log_probs.argmax(dim=1) == batch.answers,
         "correct_chars": (log_probs / chars).argmax(dim=1) == batch.answers,
@@ -86,7 +86,7 @@ def score_questions(
         "triggered": triggered,
         "density": density,
     }
-    return {name: values.double() for name, values in (found | by_answer).items()}
+    return {name: values.double() for name, values in (values_by_name | by_answer).items()}
 
 
 @torch.no_grad()
@@ -111,15 +111,15 @@ def score_passages(model: nn.Module, batch: PassageBatch, guard: AnyGuard | None
     """
     inner, tokens = unwrap(model), batch.tokens
     places = torch.arange(tokens.input_ids.shape[1], device=tokens.input_ids.device)
-    in_context = places < batch.context_lengths[:, None]
+    in_context = places < batch.context_lengths[:, None]  # [b, seq]
     has_context = bool(in_context.any())
     masks = {"prompt_mask": in_context} if has_context and guard is not None else {}
     decision = "prompt" if has_context else "sequence"
     with guarded(inner, guard, decision=decision) as forward:
-        logits = forward(tokens, use_cache=False, **masks).logits
+        logits = forward(tokens, use_cache=False, **masks).logits  # [b, seq, vocab]
         triggered, density = forward.decision(len(tokens.input_ids))
     closing = last_places(tokens) & batch.closed[:, None]
-    scored = ((tokens.token_mask | closing) & ~in_context)[:, 1:]
+    scored = ((tokens.token_mask | closing) & ~in_context)[:, 1:]  # [b, seq - 1]
     losses = [
         # Row by row, so that only one row's logits are ever copied to float32.
         F.cross_entropy(row[:-1][keep].float(), ids[1:][keep], reduction="none").double()
@@ -187,12 +187,13 @@ def _option_log_probs(
         first = forward(prompts, position_ids=positions, use_cache=goes_on, **keep)
         triggered, density = forward.decision(len(prompts.input_ids))
         # All options begin at the same logits.
-        after_prompt = first.logits[:, -1].float().log_softmax(dim=-1)
-        beginnings = after_prompt.gather(1, options.input_ids[:, 0].reshape(-1, copies)).flatten()
+        after_prompt = first.logits[:, -1].float().log_softmax(dim=-1)  # [b, vocab]
+        first_ids = options.input_ids[:, 0].reshape(-1, copies)  # [b, options]
+        beginnings = after_prompt.gather(1, first_ids).flatten()  # [b * options]
         log_probs[:, 0] = beginnings.double() * scored[:, 0]
         if goes_on:
             # No logit is needed after an option's last token.
-            known = TokenBatch(
+            inputs = TokenBatch(
                 options.input_ids[:, :-1],
                 torch.cat(
                     [prompt_mask.repeat_interleave(copies, 0), options.attention_mask[:, :-1]], 1
@@ -202,11 +203,11 @@ def _option_log_probs(
             forward.repeat_sequences(first.past_key_values, copies)
             start = prompt_mask.sum(1).repeat_interleave(copies)
             logits = forward(
-                known,
-                position_ids=start[:, None] + torch.arange(known.input_ids.shape[1]).to(start),
+                inputs,
+                position_ids=start[:, None] + torch.arange(inputs.input_ids.shape[1]).to(start),
                 past_key_values=first.past_key_values,
                 use_cache=True,
-            ).logits
+            ).logits  # [b * options, tokens - 1, vocab]
             # Only the options' tokens meet the softmax: with a large vocabulary it is costly.
             rest, ids = scored[:, 1:], options.input_ids[:, 1:]
             losses = F.cross_entropy(logits[rest].float(), ids[rest], reduction="none")

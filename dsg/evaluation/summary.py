@@ -85,34 +85,36 @@ def summarise(
     """
     ordered = in_id_order(questions)
     domains = _members(questions, forget_domains)
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     for domain, rows in domains.items():
-        found += _accuracies(domain, ordered, rows, question_values)
+        measurements += _accuracies(domain, ordered, rows, question_values)
         if ordered[rows[0]].form is None:
-            found += _benchmark(domain, ordered, rows, question_values)
+            measurements += _benchmark(domain, ordered, rows, question_values)
     if questions:
         counts = {domain: len(_facts(ordered, rows)) for domain, rows in domains.items()}
-        found += _gate(domains, question_values, questions[0].protocol, counts)
+        measurements += _gate(domains, question_values, questions[0].protocol, counts)
     passage_domains = _members(passages, forget_domains)
     for domain, rows in passage_domains.items():
         losses = passage_values["nll_sum"][rows].tolist()
         counts = [int(count) for count in passage_values["num_tokens"][rows]]
         if sum(counts):
             estimate = metrics.perplexity(losses, counts)
-            found.append(Measurement(domain, "perplexity", "passages", **vars(estimate)))
-    found += _gate(passage_domains, passage_values, "passages")
+            measurements.append(Measurement(domain, "perplexity", "passages", **vars(estimate)))
+    measurements += _gate(passage_domains, passage_values, "passages")
     if prompt_values:
         prompt_domains = _members(prompts, forget_domains)
         for domain, rows in prompt_domains.items():
-            found += _continuations(domain, rows, prompt_values)
+            measurements += _continuations(domain, rows, prompt_values)
             if own_nll is not None and not all(math.isnan(loss) for loss in own_nll[rows]):
                 own, losses = own_nll[rows].tolist(), prompt_values["nll"][rows].tolist()
                 rate = metrics.gibberish_rate(losses, own)
-                found.append(Measurement(domain, "gibberish_rate", "generation", **vars(rate)))
-        found += _gate(prompt_domains, prompt_values, "generation")
+                measurements.append(
+                    Measurement(domain, "gibberish_rate", "generation", **vars(rate))
+                )
+        measurements += _gate(prompt_domains, prompt_values, "generation")
     if baseline is not None and {"forget", "retain"} <= domains.keys():
-        found.append(_alignment(ordered, domains, question_values, baseline))
-    return found
+        measurements.append(_alignment(ordered, domains, question_values, baseline))
+    return measurements
 
 
 def in_id_order(items: Sequence[AnyItem]) -> list[AnyItem]:
@@ -228,34 +230,34 @@ def _benchmark(
     """What is told of a question set of the field beside its accuracy."""
     protocol = questions[rows[0]].protocol
     probability = bootstrap_mean(values["correct_probability"][rows].tolist())
-    found = [Measurement(domain, "correct_probability", protocol, **vars(probability))]
+    measurements = [Measurement(domain, "correct_probability", protocol, **vars(probability))]
     members = [questions[row] for row in rows]
     n = len(_facts(questions, rows))
     flag = metrics.below_chance(_mean(values["correct"][rows]) * n, n, _chance(members))
-    found.append(Measurement(domain, "below_chance", protocol, float(flag), n))
+    measurements.append(Measurement(domain, "below_chance", protocol, float(flag), n))
     if protocol == "cloze":
         return [
-            *found,
+            *measurements,
             _proportion(domain, "accuracy", "cloze_plain", values["correct_plain"][rows], n),
             _proportion(domain, "accuracy", "cloze_chars", values["correct_chars"][rows], n),
         ]
     places = range(max(question.num_answers for question in members))
     shares = [(values["chosen"][rows] == place).double() for place in places]
-    found += [
+    measurements += [
         _proportion(domain, f"chosen_{place}", protocol, share, n)
         for place, share in zip(places, shares, strict=True)
     ]
-    return found
+    return measurements
 
 
 def _continuations(domain: str, rows: list[int], values: Mapping[str, Tensor]) -> list[Measurement]:
-    found = []
+    measurements = []
     for metric in ("rouge_l", "rouge_l_recall", "repetition", "nll"):
-        known = [value for value in values[metric][rows].tolist() if not math.isnan(value)]
-        if known:
-            estimate = bootstrap_mean(known)
-            found.append(Measurement(domain, metric, "generation", **vars(estimate)))
-    return found
+        numbers = [value for value in values[metric][rows].tolist() if not math.isnan(value)]
+        if numbers:
+            estimate = bootstrap_mean(numbers)
+            measurements.append(Measurement(domain, metric, "generation", **vars(estimate)))
+    return measurements
 
 
 def _gate(
@@ -268,18 +270,18 @@ def _gate(
     if not domains or bool(values["density"].isnan().any()):
         return []
     counts = counts or {domain: len(rows) for domain, rows in domains.items()}
-    found = [
+    measurements = [
         _proportion(domain, "trigger_rate", protocol, values["triggered"][rows], counts[domain])
         for domain, rows in domains.items()
     ]
     if {"forget", "retain"} <= domains.keys():
         high, low = (values["density"][domains[name]].tolist() for name in ("forget", "retain"))
         sizes = counts["forget"], counts["retain"]
-        found += [
+        measurements += [
             Measurement("forget", name, protocol, **vars(measure(high, low, sizes=sizes)))
             for name, measure in _SEPARATION.items()
         ]
-    return found
+    return measurements
 
 
 def _proportion(domain: str, metric: str, protocol: str, outcomes: Tensor, n: int) -> Measurement:

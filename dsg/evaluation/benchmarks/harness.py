@@ -129,17 +129,17 @@ class GuardedLM(_Base):
         if size == "auto":
             self.batch_sizes, size, find_size = {}, 0, self._batch_scheduler
         rule = "sequence" if requests[0][0] is None else "prompt"
-        found: dict[int, tuple[float, bool]] = {}
+        scores: dict[int, tuple[float, bool]] = {}
         waiting = iter(groups)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0)
         with self._guard.attached(self.model, rule, "frozen"):
             for chunk in Collator.get_chunks(passes, n=size, fn=find_size):
                 for log_probs in self._continuation_log_probs(chunk):
                     places = next(waiting)
-                    found |= {place: _score(log_probs, requests[place][2]) for place in places}
+                    scores |= {place: _score(log_probs, requests[place][2]) for place in places}
                     progress.update(len(places))
         progress.close()
-        return [found[place] for place in range(len(requests))]
+        return [scores[place] for place in range(len(requests))]
 
     @torch.no_grad()
     def _continuation_log_probs(

@@ -109,14 +109,14 @@ def retrained_auc(name: str, retrained: str, split: str, num_texts: int) -> floa
         for row in measured
         if (row["metric"], row["dataset"]) == (AUC_METRIC, name) and row["guard"] in ("none", "off")
     ]
-    found = [row for row in rows if (row["split"], row["n"]) == (split, num_texts)]
-    if not found:
+    matching = [row for row in rows if (row["split"], row["n"]) == (split, num_texts)]
+    if not matching:
         seen = sorted({(row["split"], row["n"]) for row in rows})
         raise UserError(
             f"`retrained` must be a run that measured {AUC_METRIC} of {name} on the {num_texts} "
             f"texts of the {split} split, got {retrained!r} with {seen or 'none'}; {_remedy(name)}"
         )
-    return found[0]["value"]
+    return matching[0]["value"]
 
 
 def measure(
@@ -135,26 +135,26 @@ def measure(
         min_k: Mean log-probability of its least likely 40 % of tokens, in nats.
         retrained: The retrained model's AUC; None leaves PrivLeak out, because this is that model.
     """
-    found = []
+    measurements = []
     for prompt_domain, (domain, metric) in _ROUGE_MEANS.items():
-        rows = [row for row, each in enumerate(prompts) if each == prompt_domain]
+        rows = [row for row, name in enumerate(prompts) if name == prompt_domain]
         if rows:
             estimate = bootstrap_mean([100 * value for value in rouge_l[rows].tolist()])
-            found.append(Measurement(domain, metric, PROTOCOL, **vars(estimate)))
+            measurements.append(Measurement(domain, metric, PROTOCOL, **vars(estimate)))
     groups = [
-        min_k[[row for row, each in enumerate(passages) if each == domain]].tolist()
+        min_k[[row for row, name in enumerate(passages) if name == domain]].tolist()
         for domain in ("forget", "holdout")
     ]
     if not any(groups):
-        return found
+        return measurements
     auc, size = min_k_auc(*groups), sum(map(len, groups))
     low, high = bootstrap(min_k_auc, *groups)
-    found.append(Measurement("forget", AUC_METRIC, PROTOCOL, auc, size, low, high))
+    measurements.append(Measurement("forget", AUC_METRIC, PROTOCOL, auc, size, low, high))
     if retrained is not None:
         ends = (None if end is None else privleak(end, retrained) for end in (low, high))
         value = privleak(auc, retrained)
-        found.append(Measurement("forget", "privleak", PROTOCOL, value, size, *ends))
-    return found
+        measurements.append(Measurement("forget", "privleak", PROTOCOL, value, size, *ends))
+    return measurements
 
 
 def _remedy(name: str) -> str:

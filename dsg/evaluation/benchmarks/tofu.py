@@ -177,11 +177,11 @@ def scores(
     }
 
 
-def measure(found: Scores, retained: Float[ndarray, " n"] | None) -> list[Measurement]:
+def measure(scores_by_domain: Scores, retained: Float[ndarray, " n"] | None) -> list[Measurement]:
     """Means per domain, model utility and forget quality, with bootstrap intervals.
 
     Args:
-        found: What `scores` returns.
+        scores_by_domain: What `scores` returns.
         retained: Truth ratios of the retained model on the forget questions; None leaves forget
             quality out, because this is that model.
     """
@@ -192,7 +192,7 @@ def measure(found: Scores, retained: Float[ndarray, " n"] | None) -> list[Measur
                 values["truth_ratio"]
             ),
         }
-        for domain, values in found.items()
+        for domain, values in scores_by_domain.items()
     }
     measured = [
         Measurement(domain, metric, PROTOCOL, **vars(bootstrap_mean(values[metric].tolist())))
@@ -209,7 +209,7 @@ def measure(found: Scores, retained: Float[ndarray, " n"] | None) -> list[Measur
     ends = bootstrap(utility, *tables)
     measured.append(Measurement("retain", "model_utility", PROTOCOL, utility(*tables), size, *ends))
     if retained is not None:
-        ratios = found[FORGET]["truth_ratio"]
+        ratios = scores_by_domain[FORGET]["truth_ratio"]
         quality, distance = forget_quality(ratios.tolist(), retained.tolist())
         for metric, value in (("forget_quality", quality), ("ks_statistic", distance)):
             measured.append(Measurement(FORGET, metric, PROTOCOL, value, len(ratios)))

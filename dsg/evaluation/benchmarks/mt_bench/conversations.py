@@ -84,7 +84,7 @@ def read_conversations(
     if not rows:
         raise UserError("`questions` must hold at least one row, got none; check the file.")
     answers = {str(row["question_id"]): row["choices"][0]["turns"] for row in reference_answers}
-    found: list[Conversation] = []
+    conversations: list[Conversation] = []
     for place, row in enumerate(rows):
         name = row.get("question_id", row.get("prompt_id"))
         turns = row.get("turns", row.get("prompt"))
@@ -102,15 +102,15 @@ def read_conversations(
                 f"row {place} of `questions` must have `question_id` (or `prompt_id`) and "
                 f"`category`, got {sorted(row)}; mend it."
             )
-        known = list(answers.get(str(name), row.get("reference")) or ())
-        first, second = (str(text or "") for text in [*known, "", ""][:NUM_TURNS])
-        found.append(
+        references = list(answers.get(str(name), row.get("reference")) or ())
+        first, second = (str(text or "") for text in [*references, "", ""][:NUM_TURNS])
+        conversations.append(
             Conversation(place, str(name), row["category"], (turns[0], turns[1]), (first, second))
         )
-    repeated = len(found) - len({conversation.key for conversation in found})
+    repeated = len(conversations) - len({conversation.key for conversation in conversations})
     if repeated:
         raise UserError(f"`questions` must not repeat a row, got {repeated} twice; remove them.")
-    return found
+    return conversations
 
 
 def check_room(
@@ -159,17 +159,17 @@ def hold(
         each turn what `dsg.evaluation.generation.score_prompts` measures.
     """
     device = next(model.parameters()).device
-    said: list[list[str]] = [[] for _ in conversations]
+    answers: list[list[str]] = [[] for _ in conversations]
     values: dict[str, Tensor] = {}
     for turn in range(NUM_TURNS):
         prompts = []
         for place, conversation in enumerate(conversations):
-            messages = [conversation.turns[0], *said[place], *conversation.turns[1 : turn + 1]]
+            messages = [conversation.turns[0], *answers[place], *conversation.turns[1 : turn + 1]]
             text = chat_text(tokenizer, messages, NAME)
             prompts.append(Prompt(place, conversation.category, text, "", max_new_tokens))
         batch = prompt_collate(tokenizer)(prompts).to(device)
-        found = score(model, batch, guard)
-        values |= {f"{name}_turn_{turn + 1}": found[name] for name in TURN_COLUMNS}
-        for texts, ids in zip(said, found["generated"].tolist(), strict=True):
+        scored = score(model, batch, guard)
+        values |= {f"{name}_turn_{turn + 1}": scored[name] for name in TURN_COLUMNS}
+        for texts, ids in zip(answers, scored["generated"].tolist(), strict=True):
             texts.append(said_text(tokenizer, (), ids).strip())
-    return [(first, second) for first, second in said], values
+    return [(first, second) for first, second in answers], values

@@ -260,8 +260,8 @@ def judge_one(judge: Judge, request: Request, max_attempts: int) -> Judged:
         if rating is not None:
             return Judged(rating, reply, attempt, None)
         if reply.strip():
-            said: Message = {"role": "assistant", "content": reply}
-            messages = [*request.messages, said, {"role": "user", "content": _REMINDER}]
+            replied: Message = {"role": "assistant", "content": reply}
+            messages = [*request.messages, replied, {"role": "user", "content": _REMINDER}]
     return Judged(None, reply, max_attempts, _NO_RATING)
 
 

@@ -114,8 +114,8 @@ class Judge(Protocol):
 
 def parse_rating(reply: str) -> float | None:
     """The first `[[rating]]` of a judgement, in [1, 10]; None where there is none."""
-    found = _RATING.search(reply)
-    rating = float(found[1]) if found else None
+    match = _RATING.search(reply)
+    rating = float(match[1]) if match else None
     return rating if rating is not None and LOWEST <= rating <= HIGHEST else None
 
 

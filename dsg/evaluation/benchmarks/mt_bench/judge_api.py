@@ -89,5 +89,5 @@ class ApiJudge:
         name = type(error).__name__ if status is None else f"{type(error).__name__} ({status})"
         if status in (401, 403):
             return name
-        said = f"{name}: {first_line(error)[:_MAX_REASON]}"
-        return said.replace(self._key, "...") if self._key else said
+        reason = f"{name}: {first_line(error)[:_MAX_REASON]}"
+        return reason.replace(self._key, "...") if self._key else reason

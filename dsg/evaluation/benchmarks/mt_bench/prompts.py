@@ -98,8 +98,8 @@ class JudgePrompts:
 
 def is_guided(conversation: Conversation, turn: int) -> bool:
     """Whether the judge is shown a reference: of all turns up to this one, or of none."""
-    known = all(conversation.references[:turn])
-    return conversation.category in GUIDED_CATEGORIES and known
+    has_references = all(conversation.references[:turn])
+    return conversation.category in GUIDED_CATEGORIES and has_references
 
 
 def built_in_prompts() -> JudgePrompts:

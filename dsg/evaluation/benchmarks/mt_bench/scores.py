@@ -37,19 +37,19 @@ def measure_ratings(
         protocol: Judge and prompts.
     """
     turns = mean_over_repeats(ratings)
-    found = _score(DOMAIN, "mt_bench", protocol, turns)
+    measurements = _score(DOMAIN, "mt_bench", protocol, turns)
     for turn in range(NUM_TURNS):
-        found += _score(DOMAIN, f"mt_bench_turn_{turn + 1}", protocol, turns[:, [turn]])
+        measurements += _score(DOMAIN, f"mt_bench_turn_{turn + 1}", protocol, turns[:, [turn]])
     categories = np.array([conversation.category for conversation in conversations])
     for category in sorted(set(categories.tolist())):
-        found += _score(category, "mt_bench", protocol, turns[categories == category])
+        measurements += _score(category, "mt_bench", protocol, turns[categories == category])
     repeats = [scores[~np.isnan(scores)] for scores in np.moveaxis(ratings, 2, 0)]
     means = [float(scores.mean()) for scores in repeats if scores.size]
     if len(means) > 1:
         spread = float(np.std(means, ddof=1))
-        found.append(Measurement(DOMAIN, "mt_bench_repeat_sd", protocol, spread, len(means)))
+        measurements.append(Measurement(DOMAIN, "mt_bench_repeat_sd", protocol, spread, len(means)))
     failed = int(np.isnan(ratings).sum())
-    return [*found, Measurement(DOMAIN, "judge_failures", protocol, failed, ratings.size)]
+    return [*measurements, Measurement(DOMAIN, "judge_failures", protocol, failed, ratings.size)]
 
 
 def measure_generations(
@@ -63,7 +63,7 @@ def measure_generations(
         guarded: Whether a guard was attached.
         max_new_tokens: Answers of this length were cut off.
     """
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     for turn in (1, 2):
         protocol = f"turn_{turn}"
         columns = {name: values[f"{name}_turn_{turn}"].tolist() for name in _READ}
@@ -76,9 +76,11 @@ def measure_generations(
         if guarded:
             rates["trigger_rate"] = wilson(int(sum(columns["triggered"])), n)
         repetition = bootstrap_mean(columns["repetition"])
-        found.append(Measurement(DOMAIN, "repetition", protocol, **vars(repetition)))
-        found += [Measurement(DOMAIN, name, protocol, **vars(rate)) for name, rate in rates.items()]
-    return found
+        measurements.append(Measurement(DOMAIN, "repetition", protocol, **vars(repetition)))
+        measurements += [
+            Measurement(DOMAIN, name, protocol, **vars(rate)) for name, rate in rates.items()
+        ]
+    return measurements
 
 
 def item_rows(
@@ -119,9 +121,9 @@ def answer_rows(
             "question_id": int(name) if name.isdecimal() else name,
             "answer_id": conversation.key,
             "model_id": model,
-            "choices": [{"index": 0, "turns": list(said)}],
+            "choices": [{"index": 0, "turns": list(pair)}],
         }
-        for conversation, said in zip(conversations, answers, strict=True)
+        for conversation, pair in zip(conversations, answers, strict=True)
         for name in (conversation.question_id,)
     ]
 

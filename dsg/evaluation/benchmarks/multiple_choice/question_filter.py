@@ -114,16 +114,16 @@ def weights_sample(folder: Path) -> str | None:
     Reading all of a large model takes minutes. Training changes weights everywhere in a layer, so
     that pieces of each file show it; a change of a few single weights can be missed.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     paths = sorted(folder.glob(_WEIGHTS))
     for path in paths:
         size = path.stat().st_size
-        found.update(f"{path.name} {size} ".encode())
+        digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
             for number in range(_NUM_SAMPLES):
                 file.seek(number * max(size // _NUM_SAMPLES, _SAMPLE_BYTES))
-                found.update(file.read(_SAMPLE_BYTES))
-    return found.hexdigest()[:16] if paths else None
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16] if paths else None
 
 
 def filter_content(
@@ -141,7 +141,7 @@ def filter_content(
         correct: Outcome of each variant of each question, see `permutations.kept_rows`.
     """
     rows = [row for name in sets for row in sets[name]]
-    kept = {rule: set(found) for rule, found in kept_rows(rows, correct).items()}
+    kept = {rule: set(rows_kept) for rule, rows_kept in kept_rows(rows, correct).items()}
     return {
         "model": asdict(model),
         "protocol": protocol,
@@ -215,18 +215,18 @@ class QuestionFilter:
         Raises:
             UserError: The filter does not know the set, or knows it with other questions.
         """
-        found = self._sets.get(name)
-        if found is None:
+        filtered = self._sets.get(name)
+        if filtered is None:
             raise UserError(
                 f"`keep` must hold the set {name!r}, got one of {', '.join(self._sets)}; run the "
                 "filter for all sets."
             )
         digest = rows_digest(list(rows))
-        if found["sha256"] != digest:
+        if filtered["sha256"] != digest:
             raise UserError(
                 f"`keep` must be made from the same questions of {name!r}, got a filter of "
-                f"{found['n']} questions whose hash is {found['sha256'][:8]} while these "
+                f"{filtered['n']} questions whose hash is {filtered['sha256'][:8]} while these "
                 f"{len(rows)} have {digest[:8]}; pin the data's revision or run the filter again."
             )
-        keys = set(found[self.rule])
+        keys = set(filtered[self.rule])
         return [row for row in rows if row.key in keys]

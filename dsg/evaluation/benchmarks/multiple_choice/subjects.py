@@ -54,17 +54,17 @@ def expand_sets(argument: str, names: Iterable[str]) -> list[str]:
     Raises:
         UserError: A name is unknown, or something comes twice.
     """
-    found: list[str] = []
+    sets: list[str] = []
     for name in names:
         if name not in SUBSETS and not is_file_name(name):
             _check_known(argument, name)
-        found += SUBSETS.get(name, (name,))
-    twice = sorted({name for name in found if found.count(name) > 1})
+        sets += SUBSETS.get(name, (name,))
+    twice = sorted({name for name in sets if sets.count(name) > 1})
     if twice:
         raise UserError(
             f"`{argument}` must name each set once, got {', '.join(twice)} more often; remove it."
         )
-    return found
+    return sets
 
 
 def is_file_name(name: str) -> bool:
@@ -74,15 +74,15 @@ def is_file_name(name: str) -> bool:
 
 def topic(subject: str, protocol: Protocol) -> str:
     """What a subject is called in the first line of a prompt."""
-    known = _DSG_TOPICS if protocol == "dsg" else WMDP_TOPICS
-    return known.get(subject, subject.replace("_", " "))
+    topics = _DSG_TOPICS if protocol == "dsg" else WMDP_TOPICS
+    return topics.get(subject, subject.replace("_", " "))
 
 
 def _check_known(argument: str, name: str) -> None:
-    known = (*WMDP_TOPICS, *SUBSETS, *MMLU_SUBJECTS)
-    if name in known:
+    names = (*WMDP_TOPICS, *SUBSETS, *MMLU_SUBJECTS)
+    if name in names:
         return
-    near = difflib.get_close_matches(name.lower().replace(" ", "_"), known, n=5, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower().replace(" ", "_"), names, n=5, cutoff=0.4)
     raise UserError(
         f"`{argument}` must name sets of WMDP, subjects of MMLU, {', '.join(SUBSETS)}, or files "
         f"({', '.join(FILE_SUFFIXES)}), got {name!r}; "
