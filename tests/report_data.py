@@ -33,6 +33,21 @@ ATTACKED = {
 BEFORE = {"base": (0.99, 0.99, 0.986), "dsg": (0.21, 0.2, 0.967), "rmu": (0.31, 0.3, 0.989)}
 
 
+def accuracy(method, domain, share, n=400, **fields):
+    """A row of accuracy, four points either way."""
+    half = 0.04
+    return row(
+        method=method,
+        domain=domain,
+        metric="accuracy",
+        value=share,
+        n=n,
+        low=max(0.0, share - half),
+        high=min(1.0, share + half),
+        **{"guard": "on" if method == "dsg" else "none", "protocol": "cloze", **fields},
+    )
+
+
 def measured_rows(seed: int = 0) -> list[dict]:
     """Rows of the main table, both attacks and the sequential requests, for one seed."""
     shared = {"seed": seed, "model": "tiny", "dataset": "tiny_world", "split": "test"}

@@ -1,11 +1,13 @@
-"""A run's table for the terminal: first and last state side by side, and what it leaves out."""
+"""Tables of the terminal: methods side by side; one run's states side by side."""
 
 import io
 
 from rich.console import Console
 
-from dsg.io.results import row
-from dsg.report.tables import outcome_table
+from dsg.io.results import row, write_results
+from dsg.report import build_report
+from dsg.report.tables import outcome_table, results_table
+from tests.report_data import accuracy, write_run
 
 
 def shown(rows):
@@ -76,3 +78,40 @@ def test_parts_of_a_protocol_are_left_out_where_there_is_an_overall_number():
 def test_nothing_measured_gives_no_table():
     assert outcome_table([row(metric="accuracy", value=None)]) == (None, 0)
     assert outcome_table([]) == (None, 0)
+
+
+def test_terminal_table(tmp_path):
+    write_run(tmp_path)
+    console = Console(width=100, record=True, file=None, quiet=True)
+    with console.capture() as captured:
+        console.quiet = False
+        console.print(results_table(tmp_path))
+    lines = captured.get().splitlines()
+    clamp = next(line for line in lines if "Static clamp" in line)
+    assert "<1" in clamp
+    assert len([line for line in lines if "DSG" in line]) == 2
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_terminal_table_of_several_seeds_fits_80_columns(tmp_path):
+    write_run(tmp_path, seeds=(0, 1, 2))
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(results_table(tmp_path))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.strip().startswith("RMU ") for line in lines)  # words are whole
+    assert any(line.strip().startswith("Random ") for line in lines)
+    clamp = next(line for line in lines if "Static clamp" in line)
+    assert "3/3" in clamp
+
+
+def test_the_table_says_in_how_many_cells_accuracy_is_below_chance(tmp_path):
+    values = enumerate((0.05, 0.3, 0.3))
+    rows = [accuracy("dsg", "forget", value, n=36, seed=seed) for seed, value in values]
+    write_results(tmp_path, rows)
+    assert "below chance in 1 of 3" in build_report(tmp_path).read_text(encoding="utf-8")
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(results_table(tmp_path))
+    assert "1/3" in captured.get()
