@@ -22,14 +22,14 @@ def import_everything() -> None:
     prepare_environment()
     import datamodules  # noqa: F401
     import lightning_modules  # noqa: F401
-    from dsg.cli.demo import text_demo, text_stages, world_demo  # noqa: F401
+    from dsg.cli.demo import text, text_work, world  # noqa: F401
     from dsg.cli.demo.text_model import Sizes
     from dsg.cli.grid import run, work  # noqa: F401
 
     small = {"vocab_size": 120, "d_model": 16, "num_layers": 3, "d_ff": 32, "repetitions": 2}
-    text_demo.SIZES = Sizes(**small, max_rounds=1, d_sae=64, sae_samples=2_000)
-    text_stages.GRID = {"ratio_percentile": [50.0], "num_features": [2]}
-    text_stages.NUM_RANDOM_DRAWS = 1
+    text.SIZES = Sizes(**small, max_rounds=1, d_sae=64, sae_samples=2_000)
+    text.GRID = {"ratio_percentile": [50.0], "num_features": [2]}
+    text.NUM_RANDOM_DRAWS = 1
     # A worker of a grid would import everything again.
     get_context = multiprocessing.get_context
     multiprocessing.get_context = lambda _method=None: get_context("fork")  # type: ignore[assignment]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from datamodules.tiny_world.texts import TinyWorldTexts
 from datamodules.tiny_world.words import DOMAINS
 from datamodules.tiny_world.world import World
-from dsg.cli.demo.world_demo import METHODS
 from dsg.cli.tiny_world import HOOK_POINT, ensure_tiny_world
+from dsg.guard import RECIPES
 from dsg.io.results import read_results
 from tests.wandb_reader import read_history
 
@@ -186,7 +186,7 @@ def test_the_demo_runs_resumes_and_reports(tmp_path: Path) -> None:
     assert "report.html" in done.stdout
     rows = read_results(tmp_path / "run")
     static = {row["method"] for row in rows if row["attack"] is None and row["request"] is None}
-    assert static == {*METHODS, "random"}
+    assert static == {*RECIPES, "base", "dsg_documents", "rmu"}
     attacked = {(row["method"], row["mode"]) for row in rows if row["attack"]}
     assert attacked == {
         ("base", None),

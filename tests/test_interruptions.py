@@ -183,7 +183,7 @@ def contents(server: Server, kind: str, name: str) -> dict[str, Any]:
     }
     assert "results.jsonl" in found
     assert not list(folder.rglob("metrics.before*"))
-    if kind != "grid":  # its cells log to files
+    if kind not in ("grid", "demo"):  # their cells log to files
         found["history"] = [
             {key: value for key, value in row.items() if key not in _TIMES and "summary" not in key}
             for row in read_history(find_run_file(folder))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from datamodules.parts.benchmark import BenchmarkData
 from datamodules.parts.loading import Pairs, Rows
@@ -36,6 +36,8 @@ class TinyWorldData(BenchmarkData):
             sentences about no entity, or only `retain` documents.
         allow_overlap: The attacker's text states evaluated facts; for `forget` and `questions` this
             must be said. Of the others no example may be an evaluated text.
+        calibration: Retain texts that set a guard's threshold: shaped like `questions`, or whole
+            `documents`.
 
     Raises:
         UserError: No text or no batch, or an unknown forget domain.
@@ -52,6 +54,7 @@ class TinyWorldData(BenchmarkData):
         num_train_texts: int = 120,
         attack_text: AttackText = "forget",
         allow_overlap: bool = False,
+        calibration: Literal["questions", "documents"] = "questions",
     ) -> None:
         super().__init__(model_name, val_split, batch_size, train_batch_size, seed, allow_overlap)
         self.name = f"tiny_world/{forget_domain}"
@@ -63,6 +66,7 @@ class TinyWorldData(BenchmarkData):
                 "states facts that are evaluated (rows of shown and unshown facts are kept apart)"
             )
         self.num_train_texts = num_train_texts
+        self.calibration = calibration
 
     def setup(self, stage: str) -> None:
         """Load the tokenizer, once, and look at the attacker's text before anybody trains on it."""
@@ -115,7 +119,9 @@ class TinyWorldData(BenchmarkData):
         return self.texts.retain_texts()
 
     def calibration_texts(self, near: bool) -> list[str]:
-        """Short retain texts that set the threshold."""
+        """Retain texts that set the threshold."""
+        if self.calibration == "documents":
+            return self.texts.calibration_documents()
         return self.texts.calibration_texts(near)
 
     def heldout_texts(self) -> list[str]:

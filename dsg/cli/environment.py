@@ -19,7 +19,7 @@ def prepare_environment() -> None:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
     defaults = {
-        "OMP_NUM_THREADS": str(min(4, _available_cpus())),
+        "OMP_NUM_THREADS": str(min(4, available_cpus())),
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
@@ -32,7 +32,8 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _available_cpus() -> int:
+def available_cpus() -> int:
+    """Processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # counts what a container or batch system grants
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -37,6 +37,7 @@ from .items import Question as Question
 from .items import QuestionBatch as QuestionBatch
 from .items import item_key as item_key
 from .items_file import item_rows as item_rows
+from .items_file import read_items as read_items
 from .items_file import write_items as write_items
 from .metrics import CHANCE as CHANCE
 from .metrics import Outcome as Outcome

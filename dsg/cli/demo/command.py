@@ -79,9 +79,9 @@ def run(options: argparse.Namespace) -> int:
     if options.epochs < 1:
         raise UserError(f"--epochs must be at least 1, got {options.epochs}.")
     if options.forget is not None:
-        from dsg.cli.demo import text_demo
+        from dsg.cli.demo import text
 
-        return text_demo.run(options)
-    from dsg.cli.demo import world_demo
+        return text.run(options)
+    from dsg.cli.demo import world
 
-    return world_demo.run(options)
+    return world.run(options)

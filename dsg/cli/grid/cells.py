@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dsg.cli.grid.overrides import Config
 from dsg.io import RESULTS_FILE, read_results, write_atomically
@@ -15,8 +15,7 @@ RUN_DIR = "{run_dir}"
 CELLS_FOLDER = "cells"
 LOGS_FOLDER = "logs"
 DONE_FILE = "cell.json"
-
-Command = Literal["fit", "validate", "test", "guards"]
+FEATURES_FILE = "features.json"
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,14 @@ class Cell:
 
     Attributes:
         name: Folder below `cells/`, unique in the grid.
-        command: A command of `dsg`, or `guards`: tune all guards of one seed and domain.
+        command: A Lightning command of `dsg`, or `module:function`, which gets the cell's folder,
+            its configuration, and where configurations are written.
         config: The complete configuration, with `RUN_DIR` for the grid's directory.
         after: Digests of the cells whose files it reads.
     """
 
     name: str
-    command: Command
+    command: str
     config: Config
     after: list[str] = field(default_factory=list)
 

@@ -1,9 +1,9 @@
 """`dsg grid`: one file and one command for many runs; its work lies in modules slow to import."""
 
 import argparse
-import os
 from pathlib import Path
 
+from dsg.cli.environment import available_cpus
 from dsg.errors import UserError
 
 
@@ -70,10 +70,3 @@ def run(options: argparse.Namespace) -> int:
     claim = run_directory(run_dir, overwrite=options.overwrite, resume=options.resume)
     with claim as folder, resumable():
         return run_grid(grid, options.config, folder.resolve(), options.jobs, Console())
-
-
-def available_cpus() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # counts what a container or batch system grants
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """What a grid file may say: a plain sweep, or the benchmark that compares methods."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -58,6 +58,8 @@ class Method:
     """Guard method whose chosen settings are taken over instead of trying any."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Values that differ from the configuration, by dotted key."""
+    draws: int = 1
+    """Draws of a random guard; the mean over more than one is reported in their place."""
 
     @property
     def num_tries(self) -> int:
@@ -81,8 +83,18 @@ class Attack:
 
 
 @dataclass(frozen=True)
+class Sequence:
+    """Forget requests one after another, with the settings chosen for the first forget domain."""
+
+    config: str | list[str]
+    """The runnable configuration, relative to the grid file; several are laid over each other."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Values that differ from the configuration, by dotted key."""
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """Methods tuned on validation facts, compared on test facts, then attacked."""
+    """Methods tuned on validation facts, compared on test facts, attacked, asked for more."""
 
     seeds: list[int]
     """Seeds; each has a world and a model of its own."""
@@ -95,7 +107,13 @@ class Benchmark:
     attacks: dict[str, Attack] = field(default_factory=dict)
     """Attack by the name that the results give it."""
     attacked: list[str] = field(default_factory=list)
-    """Methods to attack; a guard's name ends in `_test_time` or `_train_time`."""
+    """Methods to attack; a guard's name ends in `_test_time` or `_train_time`. Among them is the
+    control: the model that forgets nothing, or a guard at test time whose attacker has no
+    `guarded` values, because below it stands that very model."""
+    sequences: dict[str, Sequence] = field(default_factory=dict)
+    """Requests in sequence, by the method that answers them."""
+    compared: bool = True
+    """Whether methods are measured on test facts before anything else happens to them."""
     epochs: int = 5
     """Epochs of an attack; it is measured before the first and after every one."""
 
@@ -112,11 +130,13 @@ class Benchmark:
                 raise UserError(
                     f"`attacks.{name}.lr` must be positive and finite, got {attack.lr}; mend it."
                 )
-        for name in self.attacked:
-            if split_mode(name)[0] not in self.methods:
+        used = [("attacked", split_mode(name)[0]) for name in self.attacked]
+        for key, name in (*used, *(("sequences", name) for name in self.sequences)):
+            if name not in self.methods or self.methods[name].draws > 1:
+                single = [name for name, method in self.methods.items() if method.draws == 1]
                 raise UserError(
-                    f"`attacked` must name entries of `methods`, got {name!r}; "
-                    f"there are {', '.join(self.methods)}."
+                    f"`{key}` must name entries of `methods`, got {name!r}; "
+                    f"there are {', '.join(single)}."
                 )
         if bool(self.attacks) != bool(self.attacked):
             raise UserError("`attacks` and `attacked` belong together, got only one; give both.")
@@ -130,8 +150,15 @@ class Benchmark:
             raise UserError(
                 f"`{place}.epochs` must be increasing numbers from 1, got {method.epochs}."
             )
+        if method.draws < 1:
+            raise UserError(f"`{place}.draws` must be at least 1, got {method.draws}.")
         source = method.settings_of
-        if source is not None and (source not in self.methods or method.grid or method.epochs):
+        if source is not None and (
+            source not in self.methods
+            or self.methods[source].draws > 1
+            or method.grid
+            or method.epochs
+        ):
             raise UserError(
                 f"`{place}.settings_of` must name another method and leaves nothing to try, got "
                 f"{source!r}; remove `grid` and `epochs`, or choose one of {list(self.methods)}."
@@ -151,7 +178,7 @@ class Benchmark:
             grid = {key: values[:1] for key, values in method.grid.items()}
             epochs, fixed = (None, {}) if method.epochs is None else ([1], _FAST_TEXTS)
             fixed = {**method.fixed, **fixed}
-            methods[name] = replace(method, grid=grid, epochs=epochs, fixed=fixed)
+            methods[name] = replace(method, grid=grid, epochs=epochs, fixed=fixed, draws=1)
         attacks = {
             name: replace(attack, lr=attack.lr[:1], fixed={**attack.fixed, **_FAST_TEXTS})
             for name, attack in list(self.attacks.items())[:1]
@@ -184,7 +211,7 @@ def check_keys(raw: Any) -> None:
     Raises:
         UserError: A method or an attack has an unknown entry.
     """
-    for section, kind in (("methods", Method), ("attacks", Attack)):
+    for section, kind in (("methods", Method), ("attacks", Attack), ("sequences", Sequence)):
         entries = raw.get(section) if isinstance(raw, Mapping) else None
         for name, entry in entries.items() if isinstance(entries, Mapping) else ():
             known = [item.name for item in fields(kind)]
@@ -196,7 +223,7 @@ def check_keys(raw: Any) -> None:
                 )
 
 
-def _check_grid(name: str, grid: Mapping[str, Sequence[Any]]) -> None:
+def _check_grid(name: str, grid: Mapping[str, Any]) -> None:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"`{name}` must list values for {key!r}, got {values!r}.")

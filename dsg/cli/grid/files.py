@@ -55,4 +55,5 @@ def named_configs(grid: Grid, path: Path) -> dict[str, Config]:
 def _names(grid: Grid) -> Iterable[str | list[str]]:
     if isinstance(grid, Sweep):
         return [grid.config]
-    return [entry.config for entry in (*grid.methods.values(), *grid.attacks.values())]
+    entries = (*grid.methods.values(), *grid.attacks.values(), *grid.sequences.values())
+    return [entry.config for entry in entries]

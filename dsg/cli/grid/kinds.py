@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dsg.cli.grid.file import GUARD_KEY, Benchmark, split_mode
+from dsg.cli.grid.file import GUARD_KEY, Benchmark, Method, split_mode
 from dsg.cli.grid.overrides import Config, value_at
 from dsg.errors import UserError
 
@@ -37,8 +37,15 @@ def tracked(group: str, name: str) -> dict[str, Any]:
     return {"trainer.logger": [_CSV_LOGGER, {"class_path": _WANDB_LOGGER, "init_args": settings}]}
 
 
-def check_kinds(benchmark: Benchmark, kinds: Mapping[str, Kind]) -> None:
+def check_kinds(
+    benchmark: Benchmark, methods: Mapping[str, Method], kinds: Mapping[str, Kind]
+) -> None:
     """Refuses methods whose entries do not fit what they are.
+
+    Args:
+        benchmark: What the grid file says.
+        methods: Its methods, every draw as one of its own.
+        kinds: What each of them is.
 
     Raises:
         UserError: They do not, or the control is missing.
@@ -48,7 +55,7 @@ def check_kinds(benchmark: Benchmark, kinds: Mapping[str, Kind]) -> None:
             "`methods` must hold the model that forgets nothing, got only "
             f"{', '.join(benchmark.methods)}; add `base: {{config: ../evaluate/base.yaml}}`."
         )
-    for name, method in benchmark.methods.items():
+    for name, method in methods.items():
         place, kind = f"`methods.{name}`", kinds[name]
         if kind == "base" and (method.grid or method.epochs):
             raise UserError(f"{place} evaluates a model as it is; remove its `grid` and `epochs`.")
@@ -70,8 +77,16 @@ def check_kinds(benchmark: Benchmark, kinds: Mapping[str, Kind]) -> None:
             raise UserError(
                 f"`attacked` names a mode for {name!r}, which is no guard; write {name!r} alone."
             )
-    if attacked and not any(kinds[name] == "base" for name, _ in attacked):
+    # Who attacks below a guard at test time, and not the guard, attacks the unchanged model.
+    alike = not any(attack.guarded for attack in benchmark.attacks.values())
+    if attacked and not any(
+        kinds[name] == "base" or (alike and kinds[name] == "guard" and mode != "train_time")
+        for name, mode in attacked
+    ):
         raise UserError(
             "`attacked` must hold the model that has forgotten nothing, as the control, got "
             f"{', '.join(benchmark.attacked)}; add it."
         )
+    for name in benchmark.sequences:
+        if kinds[name] == "base":
+            raise UserError(f"`sequences` must name methods that forget, got {name!r}; remove it.")

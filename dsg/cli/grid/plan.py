@@ -6,7 +6,7 @@ before it; what failed there has no later cells.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,13 @@ from dsg.cli.grid.kinds import Kind, check_kinds, kind_of, quiet, tracked
 from dsg.cli.grid.overrides import Config, changed, combinations, label, value_at, with_seed
 from dsg.io import read_run_facts
 
+TUNE_GUARDS = "dsg.cli.grid.work:tune_guards"
 GUARDS_FILE = "guards.json"
 MODEL_FOLDER = "model"
 
 _PLACE = ("hook_point", "sae", "sae_id")
 _DOMAIN_KEY = "data.init_args.forget_domain"
+_PASSES_KEY = "data.init_args.passes"
 
 
 class Place(NamedTuple):
@@ -64,23 +66,30 @@ class Plan:
         self.name = name
         self.places = [Place(*pair) for pair in product(benchmark.seeds, benchmark.forget_domains)]
         self._configs = configs
-        self.kinds: dict[str, Kind] = {
-            name: kind_of(configs[str(method.config)]) for name, method in benchmark.methods.items()
+        self.methods = {
+            drawn: each
+            for name, method in benchmark.methods.items()
+            for drawn, each in _draws(name, method).items()
         }
-        check_kinds(benchmark, self.kinds)
+        self.kinds: dict[str, Kind] = {
+            name: kind_of(configs[str(method.config)]) for name, method in self.methods.items()
+        }
+        check_kinds(benchmark, self.methods, self.kinds)
 
     def first(self) -> dict[str, tuple[str, Config]]:
         """A command and a configuration of each kind of cell, to be checked before any is run."""
         place = self.places[0]
-        found = {}
+        configs = {}
         for name, method in self.benchmark.methods.items():
             values = combinations(method.grid)[0]
-            command = "fit" if self.kinds[name] == "fit" else "test"
-            found[f"methods.{name}"] = (command, self._config(method, place, values))
+            command = "test" if kind_of(self._configs[str(method.config)]) != "fit" else "fit"
+            configs[f"methods.{name}"] = (command, self._config(method, place, values))
         for name in self.benchmark.attacks:
             config = self._attack_config(place, self.base, None, name, 1.0)
-            found[f"attacks.{name}"] = ("fit", config)
-        return found
+            configs[f"attacks.{name}"] = ("fit", config)
+        for name in self.benchmark.sequences:
+            configs[f"sequences.{name}"] = ("fit", self._sequence_config(place, name, {}))
+        return configs
 
     def tuning(self) -> list[Cell]:
         """All tries on validation facts; the guards of a place share a cell."""
@@ -101,17 +110,27 @@ class Plan:
         ]
         return [cell for cell in cells if cell is not None]
 
+    def sequences(self, run_dir: Path) -> list[Cell]:
+        """Requests in sequence; the domain that a place stands for plays no role in them."""
+        cells = []
+        for place, name in product(self.places, self.benchmark.sequences):
+            chosen = self.choice(place, name, run_dir)
+            if place.domain == self.benchmark.forget_domains[0] and chosen is not None:
+                config = self._sequence_config(place, name, chosen[0].settings)
+                cells.append(Cell(f"seed_{place.seed}/sequential/{name}", "fit", config))
+        return cells
+
     def evaluations(self, run_dir: Path) -> list[Cell]:
         """Each method on test facts."""
         cells = []
-        for place in self.places:
-            for name, method in self.benchmark.methods.items():
+        for place in self.places if self.benchmark.compared else ():
+            for name, method in self.methods.items():
                 source = self._source(place, name, run_dir)
                 if source is None:
                     continue
                 config = self._config(method, place, {})
                 if self.kinds[name] == "fit":
-                    base = self.benchmark.methods[self.base]
+                    base = self.methods[self.base]
                     config = changed(self._config(base, place, {}), self._model(source, place))
                 elif self.kinds[name] == "guard":
                     config = changed(
@@ -145,7 +164,7 @@ class Plan:
 
         A method without anything to try has an empty choice.
         """
-        method = self.benchmark.methods[name]
+        method = self.methods[name]
         if self.kinds[name] == "guard":
             if not self._guards(place).is_finished(run_dir):
                 return None
@@ -193,17 +212,17 @@ class Plan:
                 "grid": method.grid,
                 "settings_of": method.settings_of,
             }
-            for name, method in self.benchmark.methods.items()
+            for name, method in self.methods.items()
             if self.kinds[name] == "guard"
         }
-        return Cell(f"{place}/guards", "guards", methods)
+        return Cell(f"{place}/guards", TUNE_GUARDS, methods)
 
     def _found_guards(self, place: Place, run_dir: Path) -> dict[str, Any]:
         file = self._guards(place).folder(run_dir) / GUARDS_FILE
         return json.loads(file.read_text(encoding="utf-8"))
 
     def _fit_tries(self, place: Place, name: str) -> list[tuple[dict[str, Any], Cell]]:
-        method = self.benchmark.methods[name]
+        method = self.methods[name]
         if not (method.grid or method.epochs):
             return []
         found = []
@@ -218,14 +237,14 @@ class Plan:
         found = self.choice(place, name, run_dir)
         if found is None:
             return None
-        config = self._config(self.benchmark.methods[name], place, found[0].settings)
+        config = self._config(self.methods[name], place, found[0].settings)
         config = changed(config, {"trainer.limit_val_batches": 0, **quiet()})
         return Cell(f"{place}/unlearn/{name}", "fit", config)
 
     def _source(self, place: Place, name: str, run_dir: Path) -> Cell | None:
         """The finished cell that has made what a method is; the evaluation itself for the base."""
         if self.kinds[name] == "base":
-            config = self._config(self.benchmark.methods[name], place, {})
+            config = self._config(self.methods[name], place, {})
             return Cell(f"{place}/evaluate/{name}", "test", config)
         guard = self.kinds[name] == "guard"
         cell = self._guards(place) if guard else self._chosen_fit(place, name, run_dir)
@@ -254,7 +273,7 @@ class Plan:
             "model.init_args.method": name,
         }
         if source is not None and self.kinds[name] == "guard":
-            guard = self._config(self.benchmark.methods[name], place, {})
+            guard = self._config(self.methods[name], place, {})
             values |= self._artifact(source, name, value_at(guard, GUARD_KEY))
             values["model.init_args.mode"] = mode or "test_time"
             values |= settings.guarded
@@ -262,9 +281,20 @@ class Plan:
             values |= self._model(source, place)
         return changed(config, values)
 
+    def _sequence_config(self, place: Place, name: str, settings: Mapping[str, Any]) -> Config:
+        """A sequence with chosen settings; chosen epochs are passes through a request's text."""
+        sequence = self.benchmark.sequences[name]
+        prefix = f"{GUARD_KEY}." if self.kinds[name] == "guard" else ""
+        values = {
+            _PASSES_KEY if key == EPOCHS_KEY else f"{prefix}{key}": value
+            for key, value in settings.items()
+        }
+        config = with_seed(self._configs[str(sequence.config)], place.seed)
+        return changed(config, {**sequence.fixed, **values, **quiet()})
+
     def _model(self, source: Cell, place: Place) -> dict[str, Any]:
         method = source.name.rsplit("/", 1)[-1]
-        base = self._config(self.benchmark.methods[method], place, {})
+        base = self._config(self.methods[method], place, {})
         return {
             "model.init_args.model_name": source.path(MODEL_FOLDER),
             "model.init_args.base_model_name": value_at(base, "model.init_args.model_name"),
@@ -277,3 +307,15 @@ class Plan:
 
     def _default_epochs(self, method: Method) -> int:
         return value_at(self._configs[str(method.config)], EPOCHS_KEY) or 1
+
+
+def _draws(name: str, method: Method) -> dict[str, Method]:
+    """The draws of a method that has several, each as a method of its own."""
+    if method.draws == 1:
+        return {name: method}
+    return {
+        f"{name}_{draw}": replace(
+            method, draws=1, fixed={**method.fixed, f"{GUARD_KEY}.draw": draw}
+        )
+        for draw in range(method.draws)
+    }

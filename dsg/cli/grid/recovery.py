@@ -7,7 +7,7 @@ others: the others may fall with the attack itself, which would hide what came b
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsg.attacks import accuracy_curve, area_under_recovery, best_over_lr, epochs_to_half
 from dsg.cli.grid.plan import Attacked, Place
@@ -17,8 +17,18 @@ from dsg.io import row
 DOMAINS = ("forget", "forget_shown", "forget_unshown")
 SHOWN, UNSHOWN = "forget_shown", "forget_unshown"
 AREA, HALF, COLLATERAL = "recovery_area", "epochs_to_half", "collateral_damage"
+SUMMARIES = (AREA, HALF, COLLATERAL)
 
 Rows = list[dict[str, Any]]
+
+
+class _Attacker(NamedTuple):
+    """Whom, where and how; with several learning rates."""
+
+    place: Place
+    attack: str
+    method: str
+    mode: str | None
 
 
 @dataclass(frozen=True)
@@ -46,36 +56,48 @@ def sum_up(attacks: Sequence[Attacked], run_dir: Path, base: str) -> Recovery:
         attacks: All attacks of the grid.
         run_dir: Directory of the grid.
         base: Method that has forgotten nothing; what it knows before its attack is there to be
-            recovered.
+            recovered. Where it is not attacked itself, it is what lies below a guard at test time.
     """
-    by_attacker: dict[tuple, list[Attacked]] = {}
-    for one in attacks:
-        attacker = (one.place, one.attack, one.method, one.mode)
-        by_attacker.setdefault(attacker, []).append(one)
-    known = {
-        (one.place, one.attack, one.lr): one.cell.rows(run_dir)
-        for one in attacks
-        if one.method == base and one.cell.is_finished(run_dir)
-    }
-    rows, attempts = [], []
-    for (place, attack, _, _), tries in by_attacker.items():
-        if not all(one.cell.is_finished(run_dir) for one in tries):
+    by_attacker: dict[_Attacker, dict[float, Rows | None]] = {}
+    for attacked in attacks:
+        attacker = _Attacker(attacked.place, attacked.attack, attacked.method, attacked.mode)
+        rows = attacked.cell.rows(run_dir) if attacked.cell.is_finished(run_dir) else None
+        by_attacker.setdefault(attacker, {})[attacked.lr] = rows
+    for attacker, tries in list(by_attacker.items()):
+        control = _Attacker(attacker.place, attacker.attack, base, None)
+        below = {lr: _below_guard(rows, base) for lr, rows in tries.items()}
+        if control not in by_attacker and all(below.values()):
+            by_attacker[control] = dict(below)
+    reported, attempts = [], []
+    for attacker, tries in by_attacker.items():
+        finished = {lr: rows for lr, rows in tries.items() if rows is not None}
+        if len(finished) < len(tries):
             continue
-        found = {one.lr: one.cell.rows(run_dir) for one in tries}
-        method = tries[0].method
+        method = attacker.method
         curves = {
-            lr: accuracy_curve(each, method=method, **_served(each)) for lr, each in found.items()
+            lr: accuracy_curve(rows, method=method, **_served(rows))
+            for lr, rows in finished.items()
         }
         best = best_over_lr(curves)
-        rows += found[best.lr]
-        for one in tries:
-            base_rows = known.get((place, attack, one.lr), [])
-            measured = _measured(found[one.lr], base_rows)
-            attempts.append(_attempt(one, found[one.lr], measured, one.lr == best.lr))
-            if one.lr == best.lr:
-                damage = collateral_damage(found[one.lr], base_rows, is_base=method == base)
-                rows += measured + damage
-    return Recovery(rows, attempts)
+        reported += finished[best.lr]
+        controls = by_attacker.get(_Attacker(attacker.place, attacker.attack, base, None), {})
+        for lr, rows in finished.items():
+            base_rows = controls.get(lr) or []
+            measured = _measured(rows, base_rows)
+            attempts.append(_attempt(attacker, lr, rows, measured, lr == best.lr))
+            if lr == best.lr:
+                damage = collateral_damage(rows, base_rows, is_base=method == base)
+                reported += measured + damage
+    return Recovery(reported, attempts)
+
+
+def _below_guard(rows: Rows | None, base: str) -> Rows:
+    """Rows of the model that an attacker trained who never saw its guard."""
+    return [
+        {**found, "method": base, "mode": None, "guard": "none"}
+        for found in rows or ()
+        if (found["mode"], found["guard"]) == ("test_time", "off")
+    ]
 
 
 def collateral_damage(rows: Rows, base_rows: Rows, *, is_base: bool) -> Rows:
@@ -139,9 +161,11 @@ def _served(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
     return {"guard": "on" if guarded else "none", "domain": SHOWN if told_apart else "forget"}
 
 
-def _attempt(one: Attacked, rows: Rows, measured: Rows, is_best: bool) -> dict[str, Any]:
-    place: Place = one.place
-    served = {"method": one.method, **_served(rows)}
+def _attempt(
+    attacker: _Attacker, lr: float, rows: Rows, measured: Rows, is_best: bool
+) -> dict[str, Any]:
+    place: Place = attacker.place
+    served = {"method": attacker.method, **_served(rows)}
     recovered = {
         found["metric"]: found["value"]
         for found in measured
@@ -150,10 +174,10 @@ def _attempt(one: Attacked, rows: Rows, measured: Rows, is_best: bool) -> dict[s
     return {
         "seed": place.seed,
         "forget_domain": place.domain,
-        "method": one.method,
-        "mode": one.mode,
-        "attack": one.attack,
-        "lr": one.lr,
+        "method": attacker.method,
+        "mode": attacker.mode,
+        "attack": attacker.attack,
+        "lr": lr,
         "facts": served["domain"],
         "accuracy": accuracy_curve(rows, **served)[-1],
         AREA: recovered.get(AREA),

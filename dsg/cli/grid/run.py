@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from dsg.cli.grid.cells import RUN_DIR, Cell, Command
-from dsg.cli.grid.file import Sweep
+from dsg.cli.grid.cells import CELLS_FOLDER, FEATURES_FILE, RUN_DIR, Cell
+from dsg.cli.grid.draws import mean_over_draws
+from dsg.cli.grid.file import EPOCHS_KEY, Sweep
 from dsg.cli.grid.files import Grid, named_configs
 from dsg.cli.grid.halves import METRIC as UNLEARNING_SCORE
 from dsg.cli.grid.halves import score_rows
@@ -33,10 +34,12 @@ from dsg.cli.grid.tables import attack_table, sweep_table
 from dsg.cli.grid.work import instantiate, write_config
 from dsg.cli.grid.workers import Workers
 from dsg.cli.lightning_cli import resolve_benchmark, run_name
-from dsg.io import row, write_results, write_run_facts
+from dsg.evaluation import read_items
+from dsg.io import ITEMS_FILE, read_json, read_run_facts, row, write_results, write_run_facts
 from dsg.report import (
     TABLE_FILE,
     ChosenSettings,
+    Densities,
     build_report,
     results_table,
     save_overview_png,
@@ -88,6 +91,13 @@ class Rounds:
         told = ", ".join(text for text, is_said in counts.items() if is_said)
         self._console.print(f"[bold]{title}[/bold]  {told}", highlight=False)
 
+    def print_failures(self) -> int:
+        """Say why cells have failed; returns the exit status that this means."""
+        for name, reason in self.failures.items():
+            line = f"[bold red]failed[/bold red] {escape(f'{name}: {reason}')}"
+            self._console.print(line, soft_wrap=True)
+        return 1 if self.failures else 0
+
 
 def run_grid(grid: Grid, path: Path, run_dir: Path, jobs: int, console: Console) -> int:
     """Run all cells of a grid and write its results.
@@ -113,7 +123,7 @@ def run_grid(grid: Grid, path: Path, run_dir: Path, jobs: int, console: Console)
             times: list[dict[str, Any]] = []
         else:
             plan = Plan(grid, configs, run_name(path))
-            rows, times = _run_benchmark(plan, rounds)
+            rows, times = run_benchmark(plan, rounds)
     write_results(run_dir, rows)
     lines = write_table(run_dir, [*rows, *times])
     facts = {"command": ["dsg", *sys.argv[1:]], "grid": path.name, "jobs": jobs}
@@ -135,13 +145,10 @@ def run_grid(grid: Grid, path: Path, run_dir: Path, jobs: int, console: Console)
         save_overview_png(run_dir, run_dir / OVERVIEW_FILE)
         console.print(f"report: {report}", highlight=False, soft_wrap=True)
     console.print(f"table: {run_dir / TABLE_FILE}", highlight=False, soft_wrap=True)
-    for name, reason in rounds.failures.items():
-        console.print(f"[bold red]failed[/bold red] {escape(f'{name}: {reason}')}", soft_wrap=True)
-    return 1 if rounds.failures else 0
+    return rounds.print_failures()
 
 
 def _run_sweep(grid: Sweep, config: Config, rounds: Rounds) -> list[dict[str, Any]]:
-    commands: tuple[Command, ...]
     commands = ("validate", "test") if grid.command == "halves" else (grid.command,)
     in_halves = len(commands) > 1
     cells: list[tuple[str, int, Cell]] = []
@@ -164,21 +171,33 @@ def _run_sweep(grid: Sweep, config: Config, rounds: Rounds) -> list[dict[str, An
     return [*rows, *score_rows(rows)] if in_halves else rows
 
 
-def _run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Result rows, and how long unlearning took."""
+def run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Do all cells of a benchmark, and write what its report shows beside the results.
+
+    Returns:
+        Result rows, and how long unlearning took.
+
+    Raises:
+        UserError: A configuration does not fit; nothing has been run then.
+    """
     run_dir = rounds.run_dir
     tuning = plan.tuning()
     _prepare(plan.first(), tuning)
     rounds.run("tuning", tuning)
-    rounds.run("unlearning", plan.unlearning(run_dir))
+    sequences = plan.sequences(run_dir)
+    rounds.run("unlearning", [*sequences, *plan.unlearning(run_dir)])
     evaluations, attacks = plan.evaluations(run_dir), plan.attacks(run_dir)
     # Attacks take longest; what is left for the end is short.
-    rounds.run("attacks and evaluation", [one.cell for one in attacks] + evaluations)
+    rounds.run("attacks and evaluation", [attacked.cell for attacked in attacks] + evaluations)
     recovery = sum_up(attacks, run_dir, plan.base)
-    done = [cell for cell in evaluations if cell.is_finished(run_dir)]
-    rows = [found for cell in done for found in cell.rows(run_dir)] + recovery.rows
+    rows = recovery.rows + _rows(sequences, run_dir)
+    for name, method in plan.benchmark.methods.items():
+        names = {name} if method.draws == 1 else {f"{name}_{i}" for i in range(method.draws)}
+        measured = _rows([c for c in evaluations if c.name.rsplit("/", 1)[1] in names], run_dir)
+        rows += measured if method.draws == 1 else mean_over_draws(measured, name, method.draws)
     rows = [{**found, "experiment": plan.name} for found in rows]
     times = _times(plan, run_dir)
+    _write_first_guard(plan, run_dir)
     write_drawn(
         run_dir,
         settings=_chosen(plan, run_dir),
@@ -187,6 +206,36 @@ def _run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], li
         times=times,
     )
     return rows, times
+
+
+def _rows(cells: Iterable[Cell], run_dir: Path) -> list[dict[str, Any]]:
+    done = [cell for cell in cells if cell.is_finished(run_dir)]
+    return [found for cell in done for found in cell.rows(run_dir)]
+
+
+def _write_first_guard(plan: Plan, run_dir: Path) -> None:
+    """Put what the first guard reads, and what is behind its gate, beside the results."""
+    name = next((name for name, kind in plan.kinds.items() if kind == "guard"), None)
+    cells = run_dir / CELLS_FOLDER / str(plan.places[0])
+    if (cells / "guards" / FEATURES_FILE).is_file():
+        write_drawn(run_dir, features=read_json(cells / "guards" / FEATURES_FILE))
+    if name is not None and (cells / "evaluate" / name / ITEMS_FILE).is_file():
+        write_drawn(run_dir, densities={name: densities_of(cells / "evaluate" / name)})
+
+
+def densities_of(folder: Path) -> Densities:
+    """The densities behind a guard's gate that a finished evaluation measured, and the threshold.
+
+    Args:
+        folder: Of a `test` run of a guard; passages count where there are no questions.
+    """
+    items = [item for item in read_items(folder) if item["guard"] == "on"]
+    kind = "questions" if any(item["kind"] == "questions" for item in items) else "passages"
+    domains: dict[str, list[float]] = {}
+    for item in items:
+        if item["kind"] == kind:
+            domains.setdefault(item["domain"], []).append(item["density"])
+    return Densities(read_run_facts(folder)["guard"]["threshold"], domains)
 
 
 def _prepare(configs: dict[str, tuple[str, Config]], cells: Iterable[Cell]) -> None:
@@ -226,7 +275,8 @@ def _chosen(plan: Plan, run_dir: Path) -> list[ChosenSettings]:
 
 
 def _short(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key.rsplit(".", 1)[-1]: value for key, value in settings.items()}
+    names = {EPOCHS_KEY: "epochs"}
+    return {names.get(key, key.rsplit(".", 1)[-1]): value for key, value in settings.items()}
 
 
 def _times(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:

@@ -14,38 +14,6 @@ from dsg.evaluation import Question, QuestionBatch, alignment, score_all
 from dsg.guard import Guard, GuardBuilder, GuardSettings
 from dsg.selection import FeatureStatistics
 
-CLAMP_VALUE = -40.0  # about 0.7 of the residual norm; the accuracy hardly moves beyond -20
-
-# Twelve tries each.
-DSG_GRID = {
-    "ratio_percentile": [85.0, 90.0, 95.0],
-    "num_features": [20, 40],
-    "threshold_percentile": [95.0, 98.0],
-}
-FARRELL_GRID = {
-    "max_retain_frequency": [0.005, 0.02, 0.05],
-    "num_features": [20, 40],
-    "clamp_value": [-20.0, -40.0],
-}
-# Few features and a larger value, in proportion to the papers' -300 and -500.
-CLAMP_PRIME_GRID = {
-    "max_retain_frequency": [0.005, 0.02, 0.05],
-    "num_features": [5, 10],
-    "clamp_value": [-30.0, -60.0],
-}
-REFUSAL_GRID = {
-    "max_retain_frequency": [0.005, 0.02, 0.05],
-    "num_features": [10, 20],
-    "clamp_value": [-40.0, -100.0],
-}
-TRIGGER_LIMIT = 0.05  # Refusal Clamp's
-WINDOW_SIZE = 8  # a question has about a dozen tokens
-RMU_GRID = {"steering": [20.0, 60.0], "lr": [3e-3, 1e-2]}
-RMU_CLIPPING = 1.0  # of the gradient norm
-RMU_EPOCHS = 3  # the number of epochs is a setting too
-RMU_TARGET = "mlp."  # down projections alone forget far less on so small a model
-NUM_RANDOM_DRAWS = 5
-
 
 class GuardTuner:
     """Compares guard settings by their accuracies on validation questions.

@@ -1,9 +1,10 @@
 """What a worker of a grid does with a cell: a Lightning run, or the tuning of guards."""
 
 import argparse
+import importlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import lightning_modules  # noqa: F401
 from datamodules.parts.loading import question_loader
 from dsg.cli import lightning_cli
 from dsg.cli.config_errors import one_sentence
-from dsg.cli.grid.cells import RUN_DIR, Cell
+from dsg.cli.grid.cells import FEATURES_FILE, RUN_DIR, Cell
 from dsg.cli.grid.choosing import Try, best
 from dsg.cli.grid.file import GUARD_KEY
 from dsg.cli.grid.overrides import Config, map_strings
@@ -25,13 +26,16 @@ from dsg.cli.grid.plan import GUARDS_FILE
 from dsg.cli.grid.tuning import GuardTuner
 from dsg.cli.quiet import calm_libraries
 from dsg.errors import UserError
+from dsg.guard import Guard
 from dsg.io import write_atomically
 from dsg.lm import load_model
 from dsg.sae import load_sae
-from dsg.selection import guard_texts
+from dsg.selection import Selection, describe_features, guard_texts
 from lightning_modules.parts.guards import maker_from
 
 CONFIGS_FOLDER = "configs"
+NUM_DESCRIBED = 8  # features
+NUM_READ = 200  # forget texts in which they are looked for
 
 
 def work(cell: Cell, run_dir: Path) -> None:
@@ -46,9 +50,11 @@ def work(cell: Cell, run_dir: Path) -> None:
         UserError: The configuration is wrong, or the run finds its input wrong.
     """
     config = map_strings(cell.config, lambda text: text.replace(RUN_DIR, str(run_dir)))
-    if cell.command == "guards":
+    if cell.command not in lightning_cli.RunCLI.subcommands():
         calm_libraries()
-        tune_guards(cell.folder(run_dir), config, run_dir / CONFIGS_FOLDER / cell.name)
+        module, function = cell.command.split(":")
+        do = getattr(importlib.import_module(module), function)
+        do(cell.folder(run_dir), config, run_dir / CONFIGS_FOLDER / cell.name)
         return
     path = write_config(run_dir / CONFIGS_FOLDER / f"{cell.name}.yaml", config)
     lightning_cli.run([cell.command, "-c", str(path), "--run_dir", str(cell.folder(run_dir))])
@@ -78,11 +84,13 @@ def instantiate(path: Path) -> tuple[Any, Any]:
 def tune_guards(folder: Path, config: Config, configs: Path) -> None:
     """Choose the settings of all guards of one seed and domain, and save the guards.
 
-    They share the model's activations on the texts, so one cell does them all. How long each took
-    counts the shared part in full, but neither loading nor choosing.
+    They share the model's activations on the texts, so one cell does them all; calibration texts
+    are each one's own. How long each took counts the shared part in full, but neither loading nor
+    choosing. The features of the first guard are described.
 
     Args:
-        folder: Gets a folder per method with its guard, and `guards.json`: tries, choice, seconds.
+        folder: Gets a folder per method with its guard, `guards.json`: tries, choice, seconds, and
+            the file of described features.
         config: Method -> `config`, `grid` and `settings_of`.
         configs: Where the configurations are written.
     """
@@ -100,23 +108,41 @@ def tune_guards(folder: Path, config: Config, configs: Path) -> None:
     forget = maker.statistics(texts["forget_selection"])
     shared = time.perf_counter() - started
     tuner = GuardTuner(maker, forget, *_questions(data))
-    found: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     for name in sorted(config, key=lambda name: config[name]["settings_of"] is not None):
-        method = config[name]
-        maker.calibration_texts = data.calibration_texts(near=settings[name].method == "dsg_near")
+        method, own = config[name], data
+        if method["config"].get("data") != next(iter(config.values()))["config"].get("data"):
+            own = modules[name][1]
+            own.setup("validate")
+        maker.calibration_texts = own.calibration_texts(near=settings[name].method == "dsg_near")
         tries: list[Try] = []
         chosen: dict[str, Any] = {}
         if method["settings_of"] is not None:
-            chosen = found[method["settings_of"]]["chosen"]
+            chosen = outcomes[method["settings_of"]]["chosen"]
         elif method["grid"]:
             grid = {_setting(key): values for key, values in method["grid"].items()}
             tries = tuner.tries(settings[name], grid)
             chosen = best(tries).settings
         started = time.perf_counter()
-        tuner.make(replace(settings[name], **chosen)).save(folder / name)
+        guard = tuner.make(replace(settings[name], **chosen))
+        guard.save(folder / name)
         seconds = shared + time.perf_counter() - started
-        found[name] = {"tries": tries, "chosen": chosen, "seconds": round(seconds, 2)}
-    write_atomically(folder / GUARDS_FILE, json.dumps(found, indent=1) + "\n")
+        outcomes[name] = {"tries": tries, "chosen": chosen, "seconds": round(seconds, 2)}
+        if name == next(iter(config)):
+            describe_strongest(folder, guard, model, data, sae, texts["forget_selection"])
+    write_atomically(folder / GUARDS_FILE, json.dumps(outcomes, indent=1) + "\n")
+
+
+def describe_strongest(
+    folder: Path, guard: Guard, model: Any, data: Any, sae: Any, texts: Sequence[str]
+) -> None:
+    """Write what a guard's first features respond to in forget texts, for the report."""
+    selection = guard.facts["selection"]
+    strongest = Selection(**{key: values[:NUM_DESCRIBED] for key, values in selection.items()})
+    features = describe_features(
+        model, data.tokenizer, sae, strongest, texts[:NUM_READ], hook_point=guard.hook_point
+    )
+    write_atomically(folder / FEATURES_FILE, json.dumps(features) + "\n")
 
 
 def _questions(data: Any) -> tuple[list[Any], list[Any]]:

@@ -10,8 +10,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -47,8 +48,8 @@ class Workers:
         self._jobs = jobs
         self._run_dir = run_dir
         self._work = work or WORK
-        self._idle: list[_Worker] = []
-        self._busy: dict[_Worker, Cell] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        self._others = set(multiprocessing.active_children())
 
     def __enter__(self) -> "Workers":
         return self
@@ -59,90 +60,73 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for worker in (*self._idle, *self._busy):
-            worker.end()
-        self._idle, self._busy = [], {}
+        # An executor waits for what runs; whoever leaves the block does not.
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.kill()
+        self._close()
 
     def run(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
-        """Do cells, in this order as far as processes are free, and tell of each when it ends."""
-        waiting = deque(cells)
-        while waiting or self._busy:
-            while waiting and len(self._busy) < self._jobs:
-                worker = self._idle.pop() if self._idle else _Worker(self._run_dir, self._work)
-                self._busy[worker] = waiting.popleft()
-                worker.take(self._busy[worker])
-            by_connection = {worker.connection: worker for worker in self._busy}
-            for connection in wait(list(by_connection)):
-                worker = by_connection[connection]  # pyright: ignore[reportArgumentType]
-                cell = self._busy.pop(worker)
-                try:
-                    reason = worker.connection.recv()
-                except EOFError:
-                    yield Outcome(cell, f"Its process died ({worker.end()}); is memory short?")
-                    continue
-                self._idle.append(worker)
-                yield Outcome(cell, reason)
+        """Do cells, in this order as far as processes are free, and tell of each when it ends.
+
+        A process that dies takes the pool with it. Which cell killed it shows when those that were
+        under way are done again, one by one: each has a second attempt, and no third.
+        """
+        waiting, again = deque(cells), deque[Cell]()
+        suspects: set[str] = set()
+        busy: dict[Future[str | None], Cell] = {}
+        while waiting or again or busy:
+            while again or waiting:
+                alone = again or any(cell.name in suspects for cell in busy.values())
+                if len(busy) >= (1 if alone else self._jobs):
+                    break
+                cell = (again or waiting).popleft()
+                busy[self._submit(cell)] = cell
+            done = wait(busy, return_when=FIRST_COMPLETED).done
+            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+                done = wait(busy).done
+                self._close()
+            for future in done:
+                cell = busy.pop(future)
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    yield Outcome(cell, future.result())
+                elif cell.name in suspects:
+                    yield Outcome(cell, "Its process died twice; is memory short?")
+                else:
+                    suspects.add(cell.name)
+                    again.append(cell)
+
+    def _submit(self, cell: Cell) -> Future[str | None]:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._jobs, context, _begin)
+        return self._pool.submit(_attempt, self._work, cell, self._run_dir)
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
-class _Worker:
-    def __init__(self, run_dir: Path, work: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        # Not a daemon: trackers of a run have processes of their own.
-        self._process = context.Process(target=_serve, args=(theirs, str(run_dir), work))
-        with _one_thread():
-            self._process.start()
-        theirs.close()
-
-    def take(self, cell: Cell) -> None:
-        self.connection.send(cell)
-
-    def end(self) -> str:
-        self.connection.close()
-        self._process.kill()
-        self._process.join()
-        return f"exit code {self._process.exitcode}"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Processes started meanwhile compute on one thread each."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-def _serve(connection: Connection, run_dir: str, work: str) -> None:
-    """Body of a process: does cells until the connection closes."""
+def _begin() -> None:
+    """Prepare a process before it imports anything that computes."""
     # Ctrl-C reaches every process of the terminal; the grid's own ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = "1"
     prepare_environment()
-    while True:
-        try:
-            cell: Cell = connection.recv()
-        except (EOFError, OSError):
-            return
-        _redirect_output(cell.log(Path(run_dir)))
-        connection.send(_attempt(work, cell, Path(run_dir)))
 
 
 def _die_with_parent() -> None:
     """A resumed grid does the cells again, so nobody may be left at work on one."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
+    connection.wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _attempt(work: str, cell: Cell, run_dir: Path) -> str | None:
     """Do a cell from the start; returns why it failed, if it did."""
+    _redirect_output(cell.log(run_dir))
     started = time.monotonic()
     cell.clear(run_dir)
     try:

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from dsg.cli.grid.tuning import DSG_GRID, FARRELL_GRID, RMU_EPOCHS, RMU_GRID, best, combinations
 from dsg.cli.main import main
 
 
@@ -43,14 +42,3 @@ def test_help_explains_every_option_without_torch():
     for option in ("--seeds", "--forget_domains", "--parts", "--forget", "--retain", "--model"):
         assert option in done.stdout
     assert "default: [0]" in done.stdout
-
-
-def test_every_method_is_tuned_with_as_many_tries():
-    assert len(combinations(DSG_GRID)) == len(combinations(FARRELL_GRID))
-    assert len(combinations(RMU_GRID)) * RMU_EPOCHS == len(combinations(DSG_GRID))
-
-
-def test_the_best_try_has_the_highest_alignment_and_the_earliest_place():
-    tries = [({"n": n}, {"alignment": a}) for n, a in ((1, 0.2), (2, 0.9), (3, 0.9), (4, 0.1))]
-    choice = best(tries)
-    assert (choice.settings, choice.tried) == ({"n": 2}, 4)

@@ -3,11 +3,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import wandb
 
-from dsg.cli.demo import text_continuation, text_demo, text_model, text_stages
+from dsg.cli.demo import text, text_model, text_work
 from dsg.cli.demo.pretrained import open_pretrained, parse_sae_name
 from dsg.cli.demo.text_model import Sizes, TextFiles, ensure_text_model, read_training
+from dsg.cli.grid.work import work
+from dsg.cli.grid.workers import Outcome, Workers
 from dsg.cli.main import main
 from dsg.errors import UserError
 from dsg.io.results import read_results, read_run_facts
@@ -27,15 +28,23 @@ TINY = Sizes(
 )
 
 
+def run_here(workers, cells):
+    """Do cells in this process, where patches hold, and imports are done."""
+    for cell in cells:
+        cell.clear(workers._run_dir)
+        work(cell, workers._run_dir)
+        cell.finish(workers._run_dir, 1.0)
+        yield Outcome(cell, None)
+
+
 @pytest.fixture(scope="module")
 def shared():
     """Patches that last for the whole module, as the run that all tests look at does."""
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(text_demo, "SIZES", TINY)
-        patches.setattr(
-            text_stages, "GRID", {"ratio_percentile": [70.0, 50.0], "num_features": [2]}
-        )
-        patches.setattr(text_stages, "NUM_RANDOM_DRAWS", 2)
+        patches.setattr(text, "SIZES", TINY)
+        patches.setattr(text, "GRID", {"ratio_percentile": [70.0, 50.0], "num_features": [2]})
+        patches.setattr(text, "NUM_RANDOM_DRAWS", 2)
+        patches.setattr(Workers, "run", run_here)
         yield patches
 
 
@@ -47,7 +56,7 @@ def folder(tmp_path_factory, shared):
     write_both(folder)
     with pytest.MonkeyPatch.context() as patches:
         # Two epochs of a toy do not memorise; the rows are wanted all the same.
-        patches.setattr(text_continuation, "is_measurable", lambda *_: True)
+        patches.setattr(text_work, "is_measurable", lambda *_: True)
         assert main(command(folder)) == 0
     return folder
 
@@ -120,14 +129,8 @@ def test_what_else_the_run_leaves(folder):
     assert forget["name"] == "forget.txt"
     for name in ("run.json", "results.jsonl", "report.json", "report.html", "table.csv"):
         assert str(folder) not in (run / name).read_text()
-    assert list(run.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_the_time_left_is_that_of_all_stages(folder):
-    done = (folder / "run" / "stages").rglob("stage.json")
-    ran = {path.parent.relative_to(folder / "run" / "stages").as_posix() for path in done}
-    known = {f"seed_0/{name}" for name in text_demo.USUAL_SECONDS}
-    assert known == ran - {"inputs"} | {"seed_0/model"}
+    attacks = {path.relative_to(run / "cells").parts[1] for path in run.rglob("*.wandb")}
+    assert attacks == {"relearn_full", "relearn_lora"}
 
 
 def test_training_stops_after_its_rounds(folder):
@@ -155,14 +158,13 @@ def test_other_text_is_another_model(folder, monkeypatch):
 def test_resume_keeps_stages_and_says_what_cannot_be_measured(folder, capsys):
     run = folder / "resumed"
     shutil.copytree(folder / "run", run)
-    shutil.rmtree(run / "stages" / "seed_0" / "continuation")
-    before = {path: path.stat().st_mtime_ns for path in run.glob("stages/**/stage.json")}
+    shutil.rmtree(run / "cells" / "seed_0" / "continuation")
+    before = {path: path.stat().st_mtime_ns for path in run.glob("cells/**/cell.json")}
     capsys.readouterr()
     assert main(command(folder, "--resume", run="resumed")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "verbatim continuation is not measurable: ROUGE-L" in said
-    assert "finished earlier" in said
-    assert "seed 0: verbatim continuation ... " in said
+    assert f"{len(before)} cells, {len(before) - 1} finished earlier" in said
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert measured(run, metric="rouge_l") == []
     others = [row for row in read_results(folder / "run") if row["metric"] != "rouge_l"]
@@ -207,12 +209,11 @@ def test_ctrl_c_says_how_to_go_on(folder, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text_demo, "tune_guards", interrupted)
+    monkeypatch.setattr(Workers, "run", interrupted)
     monkeypatch.setattr("sys.argv", ["dsg", *command(folder, run="stopped")])
     assert main() == 130
     assert "continue with: dsg demo --forget" in capsys.readouterr().err
-    assert (folder / "stopped" / "stages" / "inputs" / "stage.json").is_file()
-    assert wandb.run is None
+    assert (folder / "stopped" / "inputs.json").is_file()
 
 
 class TestPretrained:
@@ -265,5 +266,5 @@ class TestPretrained:
 
 
 def test_inputs_are_json(folder):
-    path = folder / "run" / "stages" / "inputs" / "stage.json"
+    path = folder / "run" / "inputs.json"
     assert json.loads(path.read_text())["config"]["epochs"] == 1

@@ -24,6 +24,14 @@ def work(cell: Cell, run_dir: Path) -> None:
         raise SystemExit(3)
     if action == "die":
         os._exit(9)
+    if action == "die_once" and not (run_dir / "died").exists():
+        (run_dir / "died").touch()
+        os._exit(9)
+    if action == "wait":
+        deadline = time.monotonic() + 60
+        while not (run_dir / "died").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
     (folder / "pid").write_text(str(os.getpid()))
     if action == "hang":
         time.sleep(600)

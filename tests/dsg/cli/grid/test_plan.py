@@ -9,7 +9,7 @@ from dsg.cli.grid.cells import Cell
 from dsg.cli.grid.choosing import best, validation_scores
 from dsg.cli.grid.file import Attack, Benchmark, Method
 from dsg.cli.grid.overrides import value_at
-from dsg.cli.grid.plan import Place, Plan
+from dsg.cli.grid.plan import TUNE_GUARDS, Place, Plan
 from dsg.cli.grid.recovery import sum_up
 from dsg.errors import UserError
 from dsg.io.results import row, write_results, write_run_facts
@@ -66,7 +66,7 @@ def finish(run_dir, cells: Iterable[Cell], alignments=None, seconds=2.0):
     for cell in cells:
         folder = cell.folder(run_dir)
         folder.mkdir(parents=True)
-        if cell.command == "guards":
+        if cell.command == TUNE_GUARDS:
             tries = [({"num_features": n}, {"alignment": n / 10}) for n in (1, 2, 3, 4)]
             chosen = {"num_features": 4}
             guards = {"dsg": {"tries": tries, "chosen": chosen, "seconds": 5.0}}
@@ -222,7 +222,8 @@ def test_entries_must_fit_the_kind_of_method(methods, message):
     ("attacked", "message"),
     [
         (["base", "npo_test_time"], "names a mode for 'npo', which is no guard"),
-        (["dsg_test_time"], "as the control"),
+        (["dsg_train_time"], "as the control"),
+        (["dsg_test_time"], "as the control"),  # this attacker sees the guard
     ],
 )
 def test_what_is_attacked_must_fit(attacked, message):
@@ -331,9 +332,49 @@ def test_recovery_is_of_shown_facts_and_damage_to_others_is_told_apart(plan, tmp
     assert measured["npo", "none", "forget_shown", "recovery_area"] == pytest.approx(0.5)
 
 
+def test_below_a_guard_at_test_time_stands_the_control(tmp_path):
+    attacks = {"relearn_full": Attack("attack.yaml", [0.01])}
+    grid = {**vars(GRID), "attacks": attacks, "attacked": ["dsg_test_time", "dsg_train_time"]}
+    plan = Plan(Benchmark(**grid), CONFIGS, "grid")
+    finish(tmp_path, plan.tuning(), ALIGNMENTS)
+    finish(tmp_path, plan.unlearning(tmp_path))
+    attacks = plan.attacks(tmp_path)
+    for one in attacks:
+        fields = {"method": "dsg", "mode": one.mode, "attack": one.attack, "seed": one.place.seed}
+        weights = [1.0, 0.8] if one.mode == "test_time" else [1.0, 0.5]
+        rows = curve(weights, "off", **fields) + curve([0.2, 0.6], "on", **fields)
+        finish(tmp_path, [one.cell])
+        write_results(one.cell.folder(tmp_path), rows)
+    summary = sum_up(attacks, tmp_path, "base")
+    base = [r for r in summary.rows if r["method"] == "base" and r["metric"] == "accuracy"]
+    assert [(r["seed"], r["epoch"], r["value"]) for r in base] == [
+        (seed, epoch, value) for seed in (0, 1) for epoch, value in ((0, 1.0), (1, 0.8))
+    ]
+    assert {(r["mode"], r["guard"]) for r in base} == {(None, "none")}
+    # Its own attack lost nothing to begin with, and it is one of the attempts.
+    attempts = {(a["method"], a["mode"]) for a in summary.attempts}
+    assert attempts == {("base", None), ("dsg", "test_time"), ("dsg", "train_time")}
+
+
+def test_draws_are_methods_of_their_own_but_cannot_be_attacked():
+    random = Method("dsg.yaml", settings_of="dsg", draws=2)
+    plan = Plan(changed_methods(random=random), CONFIGS, "grid")
+    guards = plan.tuning()[0].config
+    draw = "model.init_args.guard.draw"
+    assert [value_at(guards[f"random_{i}"]["config"], draw) for i in (0, 1)] == [0, 1]
+    assert "random" not in guards
+    assert "methods.random" in plan.first()
+    attacked = {"attacked": ["base", "random_test_time"], "methods": plan.benchmark.methods}
+    with pytest.raises(UserError, match="must name entries of `methods`, got 'random'"):
+        Benchmark(**{**vars(GRID), **attacked})
+    with pytest.raises(UserError, match="must be at least 1, got 0"):
+        changed_methods(random=Method("dsg.yaml", draws=0))
+
+
 def test_the_first_of_the_best_tries_is_chosen():
     tries = [({"n": n}, {"alignment": a}) for n, a in ((1, 0.2), (2, 0.9), (3, 0.9))]
-    assert best(tries).settings == {"n": 2}
+    choice = best([*tries, ({"n": 4}, {"alignment": 0.1})])
+    assert (choice.settings, choice.tried) == ({"n": 2}, 4)
 
 
 def test_validation_scores_are_those_of_the_epoch_with_the_guard_on():

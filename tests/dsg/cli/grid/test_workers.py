@@ -47,8 +47,15 @@ def test_failures_are_one_sentence_and_the_others_finish(tmp_path):
     assert str(reasons["break"]).startswith("RuntimeError: a bug (log: ")
     assert "with details" in cells[1].log(tmp_path).read_text()
     assert str(reasons["exit"]).startswith("SystemExit: 3")
-    assert reasons["die"] == "Its process died (exit code 9); is memory short?"
+    assert reasons["die"] == "Its process died twice; is memory short?"
     assert [one.is_finished(tmp_path) for one in cells] == [False] * 4 + [True]
+
+
+def test_a_process_that_dies_once_costs_no_cell(tmp_path):
+    cells = [cell("slow", "wait"), cell("dies", "die_once"), cell("later", "write")]
+    assert run(tmp_path, cells, jobs=2) == {"slow": None, "dies": None, "later": None}
+    # The cell beside it went down with it and was done again as well.
+    assert (tmp_path / "died").exists()
 
 
 def test_a_cell_begins_in_an_empty_folder(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsg.cli.demo.draws import mean_over_draws
+from dsg.cli.grid.draws import mean_over_draws
 from dsg.io.results import row
 
 
@@ -13,7 +13,9 @@ def drawn(metric, values):
 
 def test_one_row_per_measurement_with_an_interval_that_can_be():
     [perplexity, rate] = mean_over_draws(
-        [*drawn("perplexity", [2.0, 4.0, 20000.0]), *drawn("trigger_rate", [0.0, 0.01, 0.1])]
+        [*drawn("perplexity", [2.0, 4.0, 20000.0]), *drawn("trigger_rate", [0.0, 0.01, 0.1])],
+        "random",
+        3,
     )
     assert (perplexity["method"], perplexity["n"]) == ("random", 8)
     assert perplexity["value"] == pytest.approx(160000 ** (1 / 3))
@@ -22,5 +24,9 @@ def test_one_row_per_measurement_with_an_interval_that_can_be():
 
 
 def test_a_draw_without_a_number_leaves_no_mean():
-    [found] = mean_over_draws(drawn("perplexity", [2.0, float("inf"), 3.0]))
+    [found] = mean_over_draws(drawn("perplexity", [2.0, float("inf"), 3.0]), "random", 3)
     assert (found["value"], found["low"], found["high"]) == (None, None, None)
+
+
+def test_a_missing_draw_leaves_no_row():
+    assert mean_over_draws(drawn("perplexity", [2.0, 3.0]), "random", 3) == []
