@@ -20,6 +20,8 @@ from .hub import parse_name as parse_name
 from .hub import short_name as short_name
 from .journal import FOLDER as FOLDER
 from .journal import Journal as Journal
+from .journal import append_line as append_line
+from .journal import read_lines as read_lines
 from .progress import with_bar as with_bar
 from .reading import parse_json as parse_json
 from .reading import read_bytes as read_bytes

@@ -5,6 +5,7 @@ written into the middle of a file that another process, or a dead one, has left.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,34 @@ from dsg.errors import UserError
 from dsg.io.atomic import write_atomically
 
 FOLDER = "outcomes"
+_log = logging.getLogger(__name__)
 _SETTINGS = "settings.json"
+
+
+def append_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Append a line of JSON; it survives whatever happens afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")  # ends what a dead process has begun
+        file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The lines of a JSONL file; one that a killed process has left half-written is passed over."""
+    lines = []
+    content = path.read_bytes() if path.is_file() else b""
+    for line in content.splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                _log.warning("A line of %s is half-written and is passed over.", path.name)
+    return lines
 
 
 class Journal:
@@ -56,24 +84,16 @@ class Journal:
 
     def append(self, ids: Sequence[int], outcomes: Sequence[Any]) -> None:
         """Keep the outcomes of a batch; they survive whatever happens afterwards."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"ids": list(ids), "outcomes": list(outcomes)})
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._file, {"ids": list(ids), "outcomes": list(outcomes)})
 
     def read(self) -> dict[int, Any]:
         """The outcomes of all attempts and ranks; of an item answered twice the first counts."""
-        found: dict[int, Any] = {}
+        read: dict[int, Any] = {}
         for path in self._paths():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                # A process that was killed while writing leaves the beginning of a line.
-                if line.endswith("\n"):
-                    batch = json.loads(line)
-                    for id, outcome in zip(batch["ids"], batch["outcomes"], strict=True):
-                        found.setdefault(id, outcome)
-        return found
+            for batch in read_lines(path):
+                for id, outcome in zip(batch["ids"], batch["outcomes"], strict=True):
+                    read.setdefault(id, outcome)
+        return read
 
     def _paths(self) -> list[Path]:
         paths = self._folder.glob("*-*.jsonl")

@@ -5,7 +5,6 @@ disk is not asked again, so a killed grading goes on where it stopped. Answers t
 for word, such as those of a guard that did not trigger and of the plain model, share theirs.
 """
 
-import json
 import logging
 import threading
 from collections import Counter
@@ -29,7 +28,7 @@ from dsg.evaluation.benchmarks.mt_bench.judge_api import ApiJudge
 from dsg.evaluation.benchmarks.mt_bench.judge_local import LocalJudge
 from dsg.evaluation.benchmarks.mt_bench.prompts import Message, is_guided, load_prompts
 from dsg.evaluation.benchmarks.mt_bench.scores import Answers, Ratings
-from dsg.io import short_name
+from dsg.io import append_line, read_lines, short_name
 
 JUDGEMENTS_FILE = "judgements.jsonl"
 
@@ -158,8 +157,7 @@ class Judgements:
     """Ratings on disk, one JSON object per line; of a judgement that failed the reason.
 
     Args:
-        path: The file; it need not exist. A line that a killed run has left half-written is
-            passed over.
+        path: The file; it need not exist.
 
     Attributes:
         ratings: Ratings by the requests' keys. Judgements that failed are not among them, so that
@@ -167,25 +165,16 @@ class Judgements:
     """
 
     def __init__(self, path: Path) -> None:
-        self.ratings: dict[str, float] = {}
         self._path = path
-        content = path.read_bytes() if path.is_file() else b""
-        for line in content.splitlines():
-            try:
-                kept = json.loads(line)
-                if kept["rating"] is not None:
-                    self.ratings[kept["request"]] = float(kept["rating"])
-            except (ValueError, KeyError, TypeError):
-                logger.warning("A line of %s is no judgement and is passed over.", path.name)
-        self._mend = b"" if content.endswith(b"\n") or not content else b"\n"
+        self.ratings: dict[str, float] = {
+            judged["request"]: float(judged["rating"])
+            for judged in read_lines(path)
+            if judged["rating"] is not None
+        }
 
     def append(self, request: Request, judged: "Judged") -> None:
         """Keep a judgement; it survives whatever happens afterwards."""
-        line = {**request.about, **vars(judged), "request": request.key}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(self._mend + json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        self._mend = b""
+        append_line(self._path, {**request.about, **vars(judged), "request": request.key})
         if judged.rating is not None:
             self.ratings[request.key] = judged.rating
 
