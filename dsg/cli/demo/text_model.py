@@ -61,7 +61,7 @@ def ensure_text_model(
     import datamodules.text_files.data
     import datamodules.text_files.files
     import dsg.cli.tiny_world
-    import dsg.evaluation.continuation
+    import dsg.evaluation.generation
     import dsg.sae.training
     import lightning_modules.pretraining
     from datamodules.text_files.files import file_facts
@@ -72,7 +72,7 @@ def ensure_text_model(
         datamodules.text_files.files,
         datamodules.text_files.data,
         dsg.cli.tiny_world,
-        dsg.evaluation.continuation,
+        dsg.evaluation.generation,
         dsg.sae.training,
         lightning_modules.pretraining,
     )

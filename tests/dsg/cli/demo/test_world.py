@@ -16,8 +16,8 @@ from dsg.cli.grid.file import EPOCHS_KEY, GUARD_KEY, LR_KEY, Benchmark
 from dsg.cli.grid.files import read_grid
 from dsg.cli.grid.overrides import value_at
 from dsg.cli.grid.plan import Plan
+from dsg.evaluation import method_name
 from dsg.guard import RECIPES
-from dsg.report.measurements import method_name
 from dsg.selection.splits import guard_texts
 
 STEERING = "model.init_args.objective.init_args.steering"
