@@ -2,7 +2,7 @@ from .errors import UserError as UserError
 from .evaluation.benchmarks.harness import GuardedLM as GuardedLM
 from .guard.build import build_guard as build_guard
 from .guard.guard import Guard as Guard
-from .guard.stack import GuardStack as GuardStack
+from .guard.guard import GuardStack as GuardStack
 from .intervals import wilson as wilson
 from .sae.loading import load_sae as load_sae
 from .selection.calibration import calibrate_threshold as calibrate_threshold

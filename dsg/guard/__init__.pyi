@@ -13,9 +13,9 @@ from .gate import OpenGate as OpenGate
 from .gate import WindowGate as WindowGate
 from .gate import decide as decide
 from .guard import Guard as Guard
+from .guard import GuardStack as GuardStack
 from .recipes import RECIPES as RECIPES
 from .recipes import GuardSettings as GuardSettings
 from .recipes import choose_features as choose_features
-from .stack import GuardStack as GuardStack
 from .sweep import FirstFiring as FirstFiring
 from .sweep import SweepPoint as SweepPoint

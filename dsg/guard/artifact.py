@@ -21,16 +21,7 @@ TENSORS_FILE = "guard.safetensors"
 SETTINGS_FILE = "guard.json"
 _FORMAT = "dynamic-sae-guardrails"
 _VERSION = 3
-_SETTINGS = {
-    "hook_point",
-    "uncounted_ids",
-    "pad_id",
-    "gate",
-    "edit",
-    "encoder",
-    "model",
-    "facts",
-}
+_SETTINGS = {"hook_point", "uncounted_ids", "pad_id", "gate", "edit", "encoder", "model", "facts"}
 _GATES = {gate.kind: gate for gate in (DensityGate, WindowGate, CusumGate, OpenGate)}
 _EDITS = {edit.kind: edit for edit in (Clamp, Refusal)}
 _Part = TypeVar("_Part", Gate, Edit)
@@ -40,11 +31,6 @@ def write_artifact(
     directory: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
     """Writes tensors and settings beside what is there, and puts them in its place once both last.
-
-    Args:
-        directory: Created if missing. What it holds stays as it is unless everything is written.
-        tensors: State of the guard's features.
-        settings: Everything else: a gate, an edit, and what is representable in JSON.
 
     Raises:
         UserError: If the facts are not representable in JSON, or the folder cannot be written.
@@ -151,16 +137,16 @@ def _part(name: str, kinds: Mapping[str, type[_Part]], stored: Any) -> _Part:
 def _from_version_2(flat: dict[str, Any]) -> dict[str, Any]:
     """Settings as they were when gate and edit were names beside their numbers."""
     kept = {name: flat[name] for name in _SETTINGS & set(flat)}
-    gate: dict[str, Any] = {"kind": flat.get("gate"), "threshold": flat.get("threshold")}
-    if gate["kind"] == "token":
-        del gate["threshold"]
+    gate: dict[str, Any] = {"kind": flat.get("gate")}
+    if gate["kind"] != "token":
+        gate["threshold"] = flat.get("threshold")
     if gate["kind"] == "window":
         gate["size"] = flat.get("window_size")
     if gate["kind"] == "cusum":
         gate["leak"] = flat.get("leak")
+    shared = {name: flat.get(name) for name in ("residual_norm", "trigger_limit")}
     edit = {"kind": flat.get("edit"), "value": flat.get("clamp_value")}
-    edit |= {"unit": flat.get("clamp_unit"), "residual_norm": flat.get("residual_norm")}
-    edit |= {"trigger_limit": flat.get("trigger_limit")}
+    edit |= {"unit": flat.get("clamp_unit"), **shared}
     if edit["kind"] == "clamp":
         edit["scope"] = flat.get("clamp_scope")
     return {**kept, "gate": gate, "edit": edit}

@@ -10,10 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError, check_choice
-from dsg.guard.calls import Calls
-from dsg.guard.following import Follower
+from dsg.guard.following import Calls, Follower
 from dsg.guard.generation import Methods, guarded_methods
-from dsg.guard.panel import GuardGroup, GuardLike, Policy
+from dsg.guard.group import GuardGroup, GuardLike, Policy
 from dsg.guard.wiring import Wiring, hook_removed
 from dsg.lm import check_width, decoder_of, num_embeddings, resolve_hook_point, unwrap
 
@@ -99,20 +98,14 @@ class Attachment:
                 guard.model.check(model)
         self._model, self._inner, decoder = model, unwrap(model), decoder_of(model)
         layers = [self._layer(decoder, guard.hook_point) for guard in guards]
-        panel = GuardGroup(guards, layers, policy, running=continuation == "running")
+        self._group = GuardGroup(guards, layers, policy, running=continuation == "running")
         models = (model, self._inner)
-        self._wiring = Wiring(models, decoder, panel.layers)
+        self._wiring = Wiring(models, decoder, self._group.layers)
         self._calls = Calls(self._wiring.remove)
+        by_prompt = decision == "prompt"
         self._follower = Follower(
-            guards,
-            panel,
-            self._calls,
-            models,
-            decoder,
-            by_prompt=decision == "prompt",
-            check=self._check,
+            self._group, self._calls, models, decoder, by_prompt=by_prompt, check=self._check
         )
-        self._num_guards = len(guards)
         self._vocabulary = num_embeddings(model)
         self._methods: Methods = {}
         self._entered = False
@@ -137,7 +130,7 @@ class Attachment:
     def decisions(self) -> list[Bool[Tensor, " batch"]]:
         """Each guard's own decision about each sequence of the last forward pass."""
         evidence = self._follower.last.evidence
-        return [evidence[index].triggered for index in range(self._num_guards)]
+        return [evidence[index].triggered for index in range(len(self._group.guards))]
 
     def repeat_sequences(self, cache: Any, repeats: int) -> None:
         """Repeats each sequence of a KV cache, to continue one prompt in several ways.
@@ -186,12 +179,7 @@ class Attachment:
                 "`model` must carry no guard yet, but one is attached; leave its `with` block "
                 "first, or combine the guards in a GuardStack."
             )
-        hooks = self._follower
-        self._wiring.put(
-            (hooks.before_model, hooks.after_model),
-            (hooks.before_decoder, hooks.after_decoder),
-            hooks.after_layer,
-        )
+        self._wiring.put(self._follower)
 
     def _check(self) -> None:
         self._wiring.check()

@@ -188,12 +188,12 @@ def draft_guard(
     """A guard with the selected features that is yet to be calibrated, on the CPU.
 
     Args:
-        settings: Which guard to make.
+        settings: Which guard to make of these parts.
         model: The unguarded causal LM.
-        tokenizer: Its tokenizer.
-        sae: The SAE that `settings` name.
-        selection: The features.
-        retain: Statistics of retain text.
+        tokenizer: Its own.
+        sae: The one that `settings` name.
+        selection: Its features.
+        retain: Statistics of retain text, from which an edit may choose a further feature.
         residual_norm: Mean norm of the residual stream on calibration text.
     """
     edit, ids = settings.make_edit(residual_norm), list(selection.feature_ids)

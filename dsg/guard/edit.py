@@ -3,6 +3,7 @@
 A new edit is one frozen dataclass here, with fields that it checks itself and `entries`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -63,26 +64,19 @@ class Edit(ABC):
     trigger_limit: float = 0.0
 
     def __post_init__(self) -> None:
-        infinity = float("inf")
-        check_number(
-            "value", self.value, lambda v: abs(v) < infinity, "a finite number", "try -500.0"
-        )
+        norm, limit = self.residual_norm, self.trigger_limit
+        check_number("value", self.value, math.isfinite, "a finite number", "try -500.0")
         check_choice("unit", self.unit, get_args(ClampUnit))
-        if self.residual_norm is not None:
-            wanted = "finite and above 0"
-            norm = self.residual_norm
-            check_number(
-                "residual_norm", norm, lambda v: 0.0 < v < infinity, wanted, "measure it on text"
-            )
-        elif self.unit == "residual_norm":
+        if norm is None and self.unit == "residual_norm":
             raise UserError(
                 "`residual_norm` must be given for the unit 'residual_norm', got None; measure it "
                 "or use the unit 'activation'."
             )
+        if norm is not None:
+            wanted, remedy = "finite and above 0", "measure it on text"
+            check_number("residual_norm", norm, lambda v: 0 < v < math.inf, wanted, remedy)
         wanted, remedy = "finite and at least 0", "0 takes every active feature"
-        check_number(
-            "trigger_limit", self.trigger_limit, lambda v: 0.0 <= v < infinity, wanted, remedy
-        )
+        check_number("trigger_limit", limit, lambda v: 0 <= v < math.inf, wanted, remedy)
 
     @property
     def written_value(self) -> float:
@@ -97,12 +91,7 @@ class Edit(ABC):
     def entries(
         self, feature_acts: Float[Tensor, "batch seq k"], positions: Bool[Tensor, "batch seq"]
     ) -> Bool[Tensor, "batch seq k"]:
-        """Which features are written: at the given positions, where a selected one is active.
-
-        Args:
-            feature_acts: Activations of the selected features, then of `num_further` others.
-            positions: Counted positions of triggered sequences.
-        """
+        """Which features are written: at the given positions, where a selected one is active."""
 
     def write(
         self,
@@ -111,14 +100,7 @@ class Edit(ABC):
         feature_acts: Float[Tensor, "batch seq k"],
         positions: Bool[Tensor, "batch seq"],
     ) -> Write:
-        """What is written into a hook point's output.
-
-        Args:
-            features: The guard's features.
-            h: Unedited hook-point activations.
-            feature_acts: The features' activations there.
-            positions: Counted positions of triggered sequences.
-        """
+        """What is written into a hook point's unedited output `h` at the given positions."""
         entries, value = self.entries(feature_acts, positions), self.written_value
         scale = features.output_scale(h)
         if scale is None:
@@ -176,14 +158,8 @@ def apply_writes(
 
     Where several writes name the same feature of the same token, the oldest counts. The SAE's error
     term and every unedited position stay bit-identical; the very tensor `h` is returned where
-    nothing is written. Gradients flow through `h` and `z`; the entries are constants.
-
-    Args:
-        h: Unedited hook-point activations.
-        writes: What to write.
-
-    Returns:
-        Edited activations in the dtype of `h`; the sum is formed at least in float32.
+    nothing is written. Gradients flow through `h` and `z`; the entries are constants. The sum is
+    formed at least in float32, and returned in the dtype of `h`.
     """
     total, edited = h, None
     for index, write in enumerate(writes):

@@ -1,18 +1,112 @@
-"""Following the forward passes of a guarded model, hook by hook."""
+"""Following the calls of a guarded model thread by thread, and their passes hook by hook."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from dsg.errors import UserError
-from dsg.guard.calls import Calls
-from dsg.guard.inputs import ForwardInputs, argument, pop_masks
+from dsg.guard.group import ForwardPass, GuardGroup
+from dsg.guard.inputs import ForwardInputs, named_arguments, pop_masks
 from dsg.guard.kv_cache import CacheEvidence, past_length
-from dsg.guard.panel import ForwardPass, GuardGroup, GuardLike
 from dsg.lm import hidden_states, is_reading, never_compiled
+
+
+class ThreadState(threading.local):
+    """What a guard knows about the calls of one thread; each thread sees its own.
+
+    Attributes:
+        running: Modules and `generate` calls in progress, outermost first.
+        given: Masks and ids that the model was called with.
+        forward: The forward pass in progress, or the last one.
+        last: The last finished forward pass.
+        num_passes: Finished forward passes.
+        begun_at: `num_passes` when each module in progress began.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[object] = []
+        self.given: dict[str, Tensor] = {}
+        self.forward: ForwardPass | None = None
+        self.last: ForwardPass | None = None
+        self.num_passes = 0
+        self.begun_at: dict[nn.Module, int] = {}
+
+
+class Calls:
+    """Which calls a guard follows: those that begin before `close`, each of them to its end.
+
+    A call that is still running in another thread then, such as a streamer's, loses its guard
+    when it returns and no earlier.
+
+    Args:
+        when_done: Called once after `close`, as soon as no call is running.
+    """
+
+    def __init__(self, when_done: Callable[[], None]) -> None:
+        self.mine = ThreadState()
+        self._when_done = when_done
+        self._open = True
+        self._threads: set[int] = set()
+        self._lock = threading.RLock()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls that begin now are followed."""
+        return self._open
+
+    @property
+    def is_following(self) -> bool:
+        """Whether a call of this thread is followed."""
+        return bool(self.mine.running)
+
+    def begin(self, what: object, reopen: Callable[[], None] | None = None) -> bool:
+        """Notes that something begins in this thread, and returns whether the guard follows it.
+
+        Args:
+            what: A module, or any other object for a call of `generate`.
+            reopen: Called if the guard has been closed, to follow this call nevertheless.
+        """
+        running = self.mine.running
+        if what in running:
+            # A compiled module ends with an exception without a word.
+            self.end(what)
+        if not running:
+            with self._lock:
+                if not self._open and reopen is None:
+                    return False
+                if not self._open and not self._threads and reopen is not None:
+                    reopen()
+                self._threads.add(threading.get_ident())
+        running.append(what)
+        return True
+
+    def end(self, what: object) -> None:
+        """Notes that something, and all that began inside it, has ended in this thread."""
+        running = self.mine.running
+        if what in running:
+            del running[running.index(what) :]
+        if not running:
+            with self._lock:
+                self._threads.discard(threading.get_ident())
+                self._finish()
+
+    def close(self) -> None:
+        """Follows no call that begins from now on."""
+        with self._lock:
+            self._open = False
+            if all(isinstance(what, nn.Module) for what in self.mine.running):
+                # No forward pass leaves a `with` block around it: an exception left these behind.
+                self.mine.running.clear()
+                self._threads.discard(threading.get_ident())
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._open and not self._threads:
+            self._when_done()
 
 
 class Follower:
@@ -22,8 +116,7 @@ class Follower:
     that it was traced in for a constant.
 
     Args:
-        guards: The guards, oldest first.
-        panel: The same guards at their layers.
+        group: The guards at their layers.
         calls: The calls to follow.
         models: The model as it was given, and the Hugging Face model inside it.
         decoder: Its stack of decoder layers.
@@ -33,8 +126,7 @@ class Follower:
 
     def __init__(
         self,
-        guards: Sequence[GuardLike],
-        panel: GuardGroup,
+        group: GuardGroup,
         calls: Calls,
         models: Sequence[nn.Module],
         decoder: nn.Module,
@@ -43,7 +135,7 @@ class Follower:
         check: Callable[[], None],
     ) -> None:
         self.memory = CacheEvidence()
-        self._guards, self._panel, self._calls = list(guards), panel, calls
+        self._group, self._calls = group, calls
         self._models, self._decoder = tuple(models), decoder
         self._by_prompt, self._check = by_prompt, check
         self._last: ForwardPass | None = None
@@ -83,8 +175,9 @@ class Follower:
         mine.begun_at[module] = mine.num_passes
         if not is_reading():
             self._check()
+        arguments = named_arguments(module, args, kwargs)
         for name in ("input_ids", "attention_mask"):
-            tensor = argument(module, name, args, kwargs)
+            tensor = arguments.get(name)
             mine.given |= {name: tensor} if tensor is not None else {}
         mine.given |= pop_masks(kwargs)
         return args, kwargs
@@ -118,11 +211,14 @@ class Follower:
         given = mine.given | pop_masks(kwargs)
         if not is_reading():
             self._check()
-            mine.forward = self._plan(ForwardInputs.of(module, args, kwargs, given))
+            arguments = named_arguments(module, args, kwargs)
+            mine.forward = self._plan(ForwardInputs.of(arguments, given))
         return args, kwargs
 
     def _plan(self, inputs: ForwardInputs) -> ForwardPass:
-        counted = [inputs.counted(guard.uncounted_ids, guard.pad_id) for guard in self._guards]
+        counted = [
+            inputs.counted(guard.uncounted_ids, guard.pad_id) for guard in self._group.guards
+        ]
         earlier = self.memory.recall(inputs.cache, inputs.shape[0])
         if earlier is not None and inputs.prompt_mask is not None:
             raise UserError(
@@ -149,7 +245,7 @@ class Follower:
                 "a guarded layer must run inside its model's forward pass, but it ran alone; call "
                 "the model that the guard is attached to."
             )
-        edited = self._panel.edit(forward, layer, h)
+        edited = self._group.edit(forward, layer, h)
         if edited is h:
             return None
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
@@ -167,12 +263,12 @@ class Follower:
         if output is None:  # after an exception
             mine.forward = None
             return
-        missing = [i for i in range(len(self._guards)) if i not in forward.evidence]
-        if missing:
-            raise UserError(
-                f"`hook_point` {self._guards[missing[0]].hook_point!r} must run in each forward "
-                "pass, but the model skipped it; choose a layer that always runs."
-            )
+        for index, guard in enumerate(self._group.guards):
+            if index not in forward.evidence:
+                raise UserError(
+                    f"`hook_point` {guard.hook_point!r} must run in each forward pass, but the "
+                    "model skipped it; choose a layer that always runs."
+                )
         forward.finished = True
         if torch.is_grad_enabled():
             self._trained = forward
@@ -182,8 +278,8 @@ class Follower:
         mine.num_passes += 1
         cache = output.get("past_key_values") if isinstance(output, ModelOutput) else None
         if cache is None:
-            cache = argument(module, "past_key_values", args, kwargs)
-        evidence = [forward.evidence[index] for index in range(len(self._guards))]
+            cache = named_arguments(module, args, kwargs).get("past_key_values")
+        evidence = [forward.evidence[index] for index in range(len(self._group.guards))]
         self.memory.remember(cache, evidence, forward.num_positions)
 
 

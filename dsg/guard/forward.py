@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsg.guard.attachment import Attachment
-from dsg.guard.guard import Guard
-from dsg.guard.stack import GuardStack
+from dsg.guard.guard import Guard, GuardStack
 from dsg.lm import TokenBatch
 
 

@@ -257,12 +257,7 @@ class CusumGate(Gate):
 def density(
     num_fired: Int[Tensor, "*axes"], num_counted: Int[Tensor, "*axes"]
 ) -> Float[Tensor, "*axes"]:
-    """Fired over counted tokens in float64; 0 where nothing is counted.
-
-    Args:
-        num_fired: Counted tokens on which any selected feature was active.
-        num_counted: Counted tokens, at least `num_fired`.
-    """
+    """Fired over counted tokens in float64; 0 where nothing is counted."""
     return num_fired.double() / num_counted.clamp(min=1)
 
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from dsg.errors import UserError
-from dsg.guard.calls import Calls
+from dsg.guard.following import Calls
 
 Methods = dict[str, Callable[..., Any]]
 
@@ -23,18 +23,14 @@ _DEFAULTS = vars(GenerationConfig())
 def guarded_methods(model: PreTrainedModel, calls: Calls, reopen: Callable[[], None]) -> Methods:
     """Methods to lie in front of the model's own, which refuse what a guard cannot follow.
 
-    A `generate` that was taken while the guard was attached runs guarded also after that.
-
-    Args:
-        model: The unwrapped model.
-        calls: The calls that the guard follows.
-        reopen: Puts the guard's hooks in place once more.
+    A `generate` that was taken while the guard was attached runs guarded also after that: `reopen`
+    puts the hooks in place once more.
 
     Returns:
-        Functions by name, with the arguments of those that they stand for. Before any token they
-        raise `UserError` for beam search and other modes that move the rows of the KV cache, for an
-        assistant model, for caches that are not dynamic, for decoding without a cache, whose steps
-        look like new inputs, for continuous batching, and for a `generate` from before.
+        Functions by name. Before any token they raise `UserError` for beam search and other modes
+        that move the rows of the KV cache, for an assistant model, for caches that are not dynamic,
+        for decoding without a cache, whose steps look like new inputs, for continuous batching, and
+        for a `generate` from before.
     """
     unchecked: Callable[..., Any] = model.generate  # type: ignore[assignment]
     prepare: Callable[..., Any] = model._prepare_generation_config  # type: ignore[assignment]

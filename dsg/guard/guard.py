@@ -1,21 +1,22 @@
-"""A guard: score, gate and edit at one hook point, for one forget request."""
+"""A guard: score, gate and edit at one hook point, for one forget request; and several at once."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dsg.errors import UserError
+from dsg.errors import UserError, check_choice
 from dsg.guard.artifact import read_artifact, write_artifact
 from dsg.guard.attachment import Attachment, Continuation, DecisionRule, attach
 from dsg.guard.edit import Edit, Refusal
 from dsg.guard.gate import Evidence, Gate, decide
+from dsg.guard.group import Policy, check_same_sae
 from dsg.guard.steering_csv import read_steering_csv, write_steering_csv
 from dsg.lm import ModelIdentity, TokenBatch, check_width, count_mask, read_activations
 from dsg.sae import DeviceOnlyModule, Features, check_finite, rebuild_features
@@ -208,6 +209,59 @@ class Guard(DeviceOnlyModule):
     def _settings(self) -> dict[str, Any]:
         names = ("hook_point", "uncounted_ids", "pad_id", "gate", "edit", "model", "facts")
         return {name: vars(self)[name] for name in names}
+
+
+class GuardStack(nn.Module):
+    """Guards of one or several hook points, whose decisions do not depend on each other there.
+
+    All guards of a hook point read the same unedited stream; those of later layers read what
+    earlier ones have edited. Where several would write the same feature of the same token, the
+    oldest of those that write there does, once.
+
+    Args:
+        guards: Oldest first.
+        policy: Who edits a sequence: each guard by its `own` decision, all of them once `any` has
+            decided so, or once a `majority` has; guards of layers that are yet to run have no vote.
+
+    Raises:
+        UserError: If guards of one hook point come from different SAEs, or the policy is unknown.
+    """
+
+    def __init__(self, guards: Iterable[Guard] = (), policy: Policy = "own") -> None:
+        super().__init__()
+        check_choice("policy", policy, get_args(Policy))
+        self.policy: Policy = policy
+        self._guards = nn.ModuleList()
+        for guard in guards:
+            self.append(guard)
+
+    @property
+    def guards(self) -> list[Guard]:
+        """The guards, oldest first."""
+        return [guard for guard in self._guards if isinstance(guard, Guard)]
+
+    def __len__(self) -> int:
+        return len(self._guards)
+
+    def append(self, guard: Guard) -> None:
+        """Adds a guard, as the youngest.
+
+        Raises:
+            UserError: If it does not fit the others.
+        """
+        for other in self.guards:
+            if other.hook_point == guard.hook_point:
+                check_same_sae(other, guard)
+        self._guards.append(guard)
+
+    def attached(
+        self,
+        model: nn.Module,
+        decision: DecisionRule = "sequence",
+        continuation: Continuation = "running",
+    ) -> AbstractContextManager[Attachment]:
+        """Guards the model inside a `with` block; see `dsg.guard.attachment.attach`."""
+        return attach(self.guards, model, decision, continuation, self.policy)
 
 
 def _check_kinds(hook_point: Any, uncounted_ids: Any, pad_id: Any, facts: Any) -> None:

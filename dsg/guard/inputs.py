@@ -1,6 +1,7 @@
 """What a forward pass was given: its tokens, which of them count, and which are the prompt."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,29 +41,16 @@ class ForwardInputs:
     prompt_mask: Tensor | None
 
     @classmethod
-    def of(
-        cls,
-        decoder: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: dict[str, Tensor],
-    ) -> "ForwardInputs":
-        """Reads the decoder's arguments.
-
-        Args:
-            decoder: The module that is called.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            given: The masks, and the ids that the surrounding model was given.
+    def of(cls, arguments: Mapping[str, Any], given: Mapping[str, Tensor]) -> "ForwardInputs":
+        """Reads the decoder's arguments, with the masks and ids that the model around it was given.
 
         Raises:
             UserError: If a mask does not have the tokens' shape.
         """
-        input_ids = argument(decoder, "input_ids", args, kwargs)
-        attention_mask = argument(decoder, "attention_mask", args, kwargs)
-        tokens = input_ids
+        input_ids = tokens = arguments.get("input_ids")
+        attention_mask = arguments.get("attention_mask")
         if tokens is None:
-            tokens = argument(decoder, "inputs_embeds", args, kwargs)
+            tokens = arguments["inputs_embeds"]
             # A multimodal model embeds the ids itself; prompt tuning adds tokens that have none.
             outer = given.get("input_ids")
             if outer is not None and outer.shape == tokens.shape[:2]:
@@ -76,13 +64,13 @@ class ForwardInputs:
                     f"`{name}` must be boolean of shape {list(shape)} like the tokens of this "
                     f"call, got {mask.dtype} of shape {list(mask.shape)}; make it from `input_ids`."
                 )
-        _refuse_packed(decoder, args, kwargs, shape, attention_mask)
+        _refuse_packed(arguments, shape, attention_mask)
         return cls(
             shape=shape,
             device=tokens.device,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            cache=argument(decoder, "past_key_values", args, kwargs),
+            cache=arguments.get("past_key_values"),
             token_mask=given.get("token_mask"),
             prompt_mask=given.get("prompt_mask"),
         )
@@ -105,9 +93,6 @@ class ForwardInputs:
 
     def prompt(self, counted: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"] | None:
         """Prompt tokens of a new input by the caller's mask; None, without one, for all.
-
-        Args:
-            counted: Counted tokens of this call.
 
         Raises:
             UserError: If a counted prompt token stands behind a counted token of the rest.
@@ -134,22 +119,16 @@ class ForwardInputs:
         return mask[:, -self.shape[1] :].to(self.device)
 
 
-def _refuse_packed(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size, mask: Any
-) -> None:
-    """Refuses several sequences in one row: a gate decides per row.
-
-    Raises:
-        UserError: If the call says where packed sequences begin, or positions start again.
-    """
-    given = [name for name in _PACKED if argument(decoder, name, args, kwargs) is not None]
-    positions = argument(decoder, "position_ids", args, kwargs)
+def _refuse_packed(arguments: Mapping[str, Any], shape: torch.Size, mask: Any) -> None:
+    """Refuses several sequences in one row: a gate decides per row."""
+    given = [name for name in _PACKED if arguments.get(name) is not None]
+    positions = arguments.get("position_ids")
     restarts = False
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape == shape:
         real = torch.ones_like(positions, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             real = mask[:, -shape[1] :] != 0
-        both = real[:, 1:] & real[:, :-1]
+        both = real[:, 1:] & real[:, :-1]  # [batch, seq - 1]
         restarts = bool(((positions.diff(dim=1) <= 0) & both).any())
     if given or restarts:
         raise UserError(
@@ -164,9 +143,10 @@ def pop_masks(kwargs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: mask for name, mask in popped.items() if mask is not None}
 
 
-def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An argument of a module's forward pass by name, however it was passed; None if it was not."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    names = list(inspect.signature(module.forward).parameters)[: len(args)]
-    return args[names.index(name)] if name in names else None
+def named_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a module's forward pass by name, however they were passed."""
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}

@@ -25,13 +25,7 @@ class CacheEvidence:
         self._records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
 
     def remember(self, cache: Any, evidence: list[Evidence], num_positions: int) -> None:
-        """Stores what the tokens in a cache said.
-
-        Args:
-            cache: The KV cache after a forward pass, or None.
-            evidence: One entry per guard.
-            num_positions: Positions that the cache holds now, padding included.
-        """
+        """Stores what the tokens in a cache, if there is one, said to each guard."""
         if cache is not None:
             keys = _first_keys(cache)
             alias = weakref.ref(keys) if keys is not None else None
@@ -39,10 +33,6 @@ class CacheEvidence:
 
     def repeat(self, cache: Any, repeats: int) -> None:
         """Repeats each row of a cache, the copies in adjacent rows, and what is known about it.
-
-        Args:
-            cache: A KV cache that `remember` has seen.
-            repeats: Copies of each row.
 
         Raises:
             UserError: If the cache was filled elsewhere.
@@ -53,11 +43,7 @@ class CacheEvidence:
         self.remember(cache, evidence, record.num_positions)
 
     def recall(self, cache: Any, batch: int) -> list[Evidence] | None:
-        """What the tokens in a cache said; None for an empty one or none.
-
-        Args:
-            cache: The KV cache before a forward pass, or None.
-            batch: Sequences in this forward pass.
+        """What the tokens in a cache said about `batch` sequences; None for an empty one or none.
 
         Raises:
             UserError: If the cache was filled elsewhere, or its rows are no longer the same.

@@ -232,11 +232,6 @@ def choose_features(
 ) -> Selection:
     """Selects features by the settings' rule.
 
-    Args:
-        settings: The rule and its numbers.
-        forget: Statistics of forget text.
-        retain: Statistics of retain text.
-
     Raises:
         UserError: No feature is left.
     """
@@ -261,11 +256,6 @@ def refusal_feature(
 
     Its paper names one feature of one SAE and gives no rule. The strongest feature of ordinary text
     is a direction that the rest of the model relies on, and needs no labels.
-
-    Args:
-        settings: May name it.
-        retain: Statistics of retain text.
-        selected: The features that trigger it.
 
     Raises:
         UserError: The named feature triggers itself.

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from dsg.errors import UserError
 from dsg.guard.edit import Clamp, Refusal
 from dsg.guard.gate import OpenGate
-from dsg.guard.panel import GuardLike
+from dsg.guard.group import GuardLike
 from dsg.io import Table, read_table, write_atomically
 from dsg.lm import uncounted_token_ids
 from dsg.sae import Features, describe_sae, load_sae, slice_features

@@ -43,11 +43,6 @@ class FirstFiring:
         # tokens one after the other.
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the texts so far take."""
-        return sum(texts.nbytes + ranks.nbytes for texts, ranks in self._parts)
-
     def update(
         self,
         ids: Int[Tensor, " batch"],

@@ -1,13 +1,13 @@
 """The hooks of an attached guard: put in place, watched, and taken away."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from dsg.errors import UserError
+from dsg.guard.following import Follower
 from dsg.lm import recompile
 
 
@@ -29,30 +29,19 @@ class Wiring:
         self._watch: RemovableHandle | None = None
         self._undo: Callable[[], None] = _nothing
 
-    def put(
-        self,
-        around_model: tuple[Callable[..., Any], Callable[..., Any]],
-        around_decoder: tuple[Callable[..., Any], Callable[..., Any]],
-        after_layer: Callable[..., Any],
-    ) -> None:
-        """Puts the hooks in place.
-
-        Args:
-            around_model: Hooks before and after the model.
-            around_decoder: Hooks before and after the decoder, with keyword arguments.
-            after_layer: Hook after each guarded layer.
-        """
+    def put(self, hooks: Follower) -> None:
+        """Puts the hooks in place."""
         for module in self._models:
             self._handles += [
-                module.register_forward_pre_hook(around_model[0], with_kwargs=True),
-                module.register_forward_hook(around_model[1], always_call=True),
+                module.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
+                module.register_forward_hook(hooks.after_model, always_call=True),
             ]
-        before, after = around_decoder
+        decoder, after = self._decoder, hooks.after_layer
         self._handles += [
-            self._decoder.register_forward_pre_hook(before, with_kwargs=True),
-            self._decoder.register_forward_hook(after, with_kwargs=True, always_call=True),
+            decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(hooks.after_decoder, with_kwargs=True, always_call=True),
             # First of all hooks, so that `output_hidden_states` always records the edited stream.
-            *(layer.register_forward_hook(after_layer, prepend=True) for layer in self._layers),
+            *(layer.register_forward_hook(after, prepend=True) for layer in self._layers),
         ]
         self._watch = register_module_module_registration_hook(self._refuse_another_decoder)
         self._undo = recompile((self._decoder, *self._layers))

@@ -78,13 +78,7 @@ class Features(DeviceOnlyModule, ABC):
         return self if self.W_dec.device == device else copy.deepcopy(self).to(device)
 
     def encode(self, h: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
-        """Activations of the selected features, differentiable, at least in float32.
-
-        Args:
-            h: Hook-point activations of any float dtype.
-
-        Returns:
-            Activations, at least 0.
+        """Activations of the selected features, at least 0, differentiable, at least in float32.
 
         Raises:
             UserError: If `h` has another width.
@@ -96,12 +90,8 @@ class Features(DeviceOnlyModule, ABC):
     def margin(self, h: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes k"]:
         """How far each selected feature is from firing, differentiable, at least in float32.
 
-        Args:
-            h: Hook-point activations of any float dtype.
-
-        Returns:
-            Activation units: above 0 exactly where the feature is active. Where a competing feature
-            is not active it is -inf, because its distance depends on all the others.
+        In activation units: above 0 exactly where the feature is active. Where a competing feature
+        is not active it is -inf, because its distance depends on all the others.
 
         Raises:
             UserError: If `h` has another width.
@@ -110,11 +100,7 @@ class Features(DeviceOnlyModule, ABC):
             return self._margin(self._normalised(h))
 
     def output_scale(self, h: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes 1"] | None:
-        """Units of the residual stream per unit of decoder output; None where they are the same.
-
-        Args:
-            h: Hook-point activations that were encoded.
-        """
+        """Units of the residual stream per unit of decoder output; None where they are the same."""
         x = h.to(torch.promote_types(h.dtype, self.W_dec.dtype))
         if self.normalization == "layer_norm":
             return x.std(-1, keepdim=True)
@@ -300,12 +286,7 @@ def rebuild_features(tensors: Mapping[str, Tensor], encoder: Mapping[str, Any]) 
 def check_finite(
     h: Float[Tensor, "batch seq d_in"], counted: Bool[Tensor, "batch seq"], hook_point: str
 ) -> None:
-    """Refuses activations from which a gate could decide nothing.
-
-    Args:
-        h: Hook-point activations.
-        counted: Counted tokens; padding may hold anything.
-        hook_point: Where they come from.
+    """Refuses activations from which a gate could decide nothing; padding may hold anything.
 
     Raises:
         UserError: If a counted token's activations are not finite.

@@ -55,29 +55,24 @@ class SpliceSums:
 
     @torch.no_grad()
     def update(self, model: PreTrainedModel, hook_point: str, batch: TokenBatch) -> None:
-        """Add a batch.
-
-        Args:
-            model: In evaluation mode.
-            hook_point: Where the SAE reads.
-            batch: On the model's device.
+        """Add a batch on the device of the model, which is in evaluation mode.
 
         Raises:
             UserError: The hook point never runs or is not as wide as the SAE, or activations,
                 reconstructions or losses are not finite.
         """
-        h = read_activations(model, hook_point, batch)
+        h = read_activations(model, hook_point, batch)  # [batch, seq, d_in]
         if h.shape[-1] != len(self.mean):
             raise UserError(
                 f"`hook_point` {hook_point!r} must be {len(self.mean)} wide as the SAE is, got "
                 f"{h.shape[-1]}; choose a decoder layer."
             )
-        spliced, ablated = h.clone(), h.clone()
+        spliced, ablated = h.clone(), h.clone()  # [batch, seq, d_in]
         ablated[batch.token_mask] = 0
         # One sequence at a time: that bounds the feature activations, and an SAE that looks at
         # context sees a sequence without padding.
         for row in range(len(h)):
-            real, counted = batch.attention_mask[row] != 0, batch.token_mask[row]
+            real, counted = batch.attention_mask[row] != 0, batch.token_mask[row]  # [seq]
             if counted.any():
                 spliced[row, counted] = self._add_sequence(h[row, real], counted[real])
         self.num_predictions += int(_predicted(batch.token_mask).sum())
@@ -90,8 +85,8 @@ class SpliceSums:
         """Adds a sequence and returns the reconstruction of its counted tokens."""
         _check_finite(h[counted], "activations at the hook point", "load the model in float32")
         sae = self._sae
-        sae_in = h[None].to(sae.W_dec.device)
-        acts = sae.encode(sae_in)
+        sae_in = h[None].to(sae.W_dec.device)  # [1, seq, d_in]
+        acts = sae.encode(sae_in)  # [1, seq, d_sae]
         # A temporal SAE's `decode` leaves out what it predicts from context.
         is_temporal = sae.cfg.architecture() == "temporal"
         sae_out = sae(sae_in) if is_temporal else sae.decode(acts)
@@ -100,10 +95,12 @@ class SpliceSums:
                 f"the SAE must reconstruct what it reads, {h.shape[-1]} wide, got "
                 f"{sae_out.shape[-1]}; use an SAE rather than a transcoder."
             )
-        acts, sae_out = acts[0][counted.to(acts.device)], sae_out[0].to(h.device)[counted]
+        acts = acts[0][counted.to(acts.device)]  # [counted, d_sae]
+        sae_out = sae_out[0].to(h.device)[counted]  # [counted, d_in]
         _check_finite(sae_out, "the SAE's reconstructions", "check its weights")
         self._add_tokens(h[counted].double().cpu(), sae_out.double().cpu())
         scale = None if self._features is None else self._features.output_scale(h[counted])
+        # Without a scale a unit of decoder output is a unit of the stream.
         self.scale += len(sae_out) if scale is None else scale.double().sum().item()
         self.num_fired += (acts != 0).sum(0).cpu()
         self.acts += acts.double().sum(0).cpu()
@@ -115,7 +112,7 @@ class SpliceSums:
         # Merged means, because a difference of large sums of squares would lose the variation
         # where the mean is far from 0.
         num, mean = len(h), h.mean(0)
-        total, apart = self.num_tokens + num, mean - self.mean
+        total, apart = self.num_tokens + num, mean - self.mean  # apart: [d_in]
         self.variation += (h - mean).square().sum().item()
         self.variation += (apart @ apart).item() * self.num_tokens * num / total
         self.mean += apart * (num / total)
@@ -134,13 +131,14 @@ def _loss_sum(
 
     handle = resolve_hook_point(model, hook_point).register_forward_hook(splice)
     try:
-        logits = model(**batch.model_inputs(), use_cache=False).logits
+        logits = model(**batch.model_inputs(), use_cache=False).logits  # [batch, seq, vocab]
     finally:
         handle.remove()
     total = 0.0
     # Row by row, so that only one row's logits are ever copied to float32.
     for row, ids, keep in zip(logits, batch.input_ids, _predicted(batch.token_mask), strict=True):
-        losses = F.cross_entropy(row[:-1][keep].float(), ids[1:][keep], reduction="none")
+        predictions = row[:-1][keep].float()  # [kept, vocab]
+        losses = F.cross_entropy(predictions, ids[1:][keep], reduction="none")
         total += losses.double().sum().item()
     if not math.isfinite(total):
         raise UserError(

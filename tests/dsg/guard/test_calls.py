@@ -8,7 +8,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from dsg.errors import UserError
-from dsg.guard.calls import Calls
+from dsg.guard.following import Calls
 from tests.guard_reference import greedy, make_guard
 from tests.helpers import random_ids, standard_sae, tiny_model
 

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from dsg.errors import UserError
-from dsg.guard.inputs import ForwardInputs, argument
+from dsg.guard.inputs import ForwardInputs, named_arguments
 from tests.guard_reference import make_guard
 from tests.helpers import random_ids, standard_sae, tiny_model
 
@@ -17,15 +17,15 @@ class Toy(nn.Module):
 
 
 def inputs(*args, given=None, **kwargs):
-    return ForwardInputs.of(Toy(), args, kwargs, given or {})
+    return ForwardInputs.of(named_arguments(Toy(), args, kwargs), given or {})
 
 
-def test_argument_by_name_and_position():
+def test_arguments_by_name_and_position():
     module = Toy()
-    assert argument(module, "attention_mask", (1, 2), {}) == 2
-    assert argument(module, "attention_mask", (1,), {"attention_mask": 3}) == 3
-    assert argument(module, "past_key_values", (1, 2), {}) is None
-    assert argument(module, "unheard_of", (1, 2), {}) is None
+    assert named_arguments(module, (1, 2), {}) == {"input_ids": 1, "attention_mask": 2}
+    mixed = named_arguments(module, (1,), {"attention_mask": 3, "unheard_of": 4})
+    assert mixed == {"input_ids": 1, "attention_mask": 3, "unheard_of": 4}
+    assert named_arguments(module, (), {"attention_mask": 3}) == {"attention_mask": 3}
 
 
 def test_positional_and_keyword_inputs_are_the_same():

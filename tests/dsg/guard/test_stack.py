@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsg.errors import UserError
-from dsg.guard.stack import GuardStack
+from dsg.guard.guard import GuardStack
 from tests.guard_reference import make_guard
 from tests.helpers import random_ids, standard_sae, tiny_model
 

@@ -115,7 +115,8 @@ def test_a_smaller_selection_is_the_beginning_of_a_larger_one(model, tokenizer):
 def test_memory_is_one_small_integer_per_counted_token(num_features, bytes_per_token):
     active, counted = random_texts(0, 40, num_features)
     ranks = ranks_of(active, counted)
-    assert ranks.num_bytes == bytes_per_token * int(counted.sum()) + 16 * 40
+    num_bytes = sum(part.nbytes for part in ranks.packed())
+    assert num_bytes == bytes_per_token * int(counted.sum()) + 16 * 40
     quiet = FirstFiring(num_features)
     quiet.update(torch.arange(40), torch.zeros_like(active), counted)
     assert not quiet.densities().any()

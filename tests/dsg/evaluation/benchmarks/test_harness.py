@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from dsg.errors import UserError
 from dsg.evaluation.benchmarks.harness import GuardedLM
-from dsg.guard.stack import GuardStack
+from dsg.guard.guard import GuardStack
 from tests.guard_reference import greedy, make_guard, reference
 from tests.helpers import EOS, standard_sae, tiny_model, tiny_tokenizer
 

@@ -103,12 +103,7 @@ class GuardGroup:
     def edit(
         self, forward: ForwardPass, layer: nn.Module, h: Float[Tensor, "batch seq d_in"]
     ) -> Float[Tensor, "batch seq d_in"]:
-        """Lets the guards of a layer decide and write.
-
-        Args:
-            forward: The pass, which takes down what they decide.
-            layer: The layer that has run.
-            h: Its output; all its guards read it as it is here.
+        """Lets the guards of a layer decide about its output, noted in `forward`, and edit it.
 
         Returns:
             The edited output; the very tensor `h` where nothing is written.
