@@ -8,12 +8,12 @@ from torch import Tensor
 from datamodules.parts.benchmark import BenchmarkData, Split
 from datamodules.parts.loading import BatchSize, Pairs, Rows
 from datamodules.parts.rows import Items, half, numbered, read_texts, retain_parts
-from datamodules.parts.training_text import evenly, running_rows, word_pieces
+from datamodules.parts.training_text import running_rows, word_pieces
 from dsg.errors import UserError
 from dsg.evaluation import Measurement, Passage, Prompt, item_key
 from dsg.evaluation.benchmarks import muse
 from dsg.io import dataset_revision, short_name
-from dsg.selection import describe_texts
+from dsg.selection import describe_texts, evenly
 
 ForgetSet = Literal[
     "raw", "scal_1", "scal_2", "scal_3", "scal_4", "sust_1", "sust_2", "sust_3", "sust_4"

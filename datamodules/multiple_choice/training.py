@@ -6,7 +6,7 @@ from typing import Literal
 from datamodules.parts.training_text import TrainingRow
 from dsg.errors import UserError
 from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, cloze_question
-from dsg.selection import TextSource, check_texts
+from dsg.selection import TextSource, check_texts, evenly
 
 AttackText = Literal["forget", "questions"]
 
@@ -57,8 +57,7 @@ def check_unasked(texts: Sequence[str], questions: Sequence[ChoiceRow]) -> None:
 
 def mixed(forget: Sequence[TrainingRow], retain: Sequence[TrainingRow]) -> list[TrainingRow]:
     """All forget rows and as many retain rows, evenly from all of them, repeated if too few."""
-    num = len(forget)
-    return [*forget, *(retain[index * len(retain) // num] for index in range(num))]
+    return [*forget, *evenly(retain, len(forget), repeat=True)]
 
 
 def _answered(row: ChoiceRow) -> str:

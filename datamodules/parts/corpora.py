@@ -8,7 +8,7 @@ from typing import Any
 
 from dsg.errors import UserError
 from dsg.io import dataset_revision, load_rows, short_name
-from dsg.selection import RETAIN_FRACTIONS, check_texts, describe_texts, split_by_hash
+from dsg.selection import RETAIN_FRACTIONS, check_texts, describe_texts, evenly, split_by_hash
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Corpus:
                 f"{self.source!r} must hold a text of at least {self.min_chars} characters, got "
                 f"none in {len(rows)} rows; lower `min_chars` or correct `column`."
             )
-        num = min(len(long_enough), self.limit or len(long_enough))
-        taken = [long_enough[index * len(long_enough) // num] for index in range(num)]
+        taken = evenly(long_enough, self.limit or len(long_enough))
         return [text[: self.max_chars] for text in taken]
 
     def facts(self, texts: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from dsg.errors import UserError
 from dsg.io import load_rows
-from dsg.selection import RETAIN_FRACTIONS, split_by_hash
+from dsg.selection import RETAIN_FRACTIONS, normalised, split_by_hash
 
 Items = Literal["all", "halves"]
 
@@ -69,8 +69,3 @@ def retain_parts(retain: Iterable[str], taken: Iterable[str]) -> list[list[str]]
     return split_by_hash(
         [text for text in dict.fromkeys(retain) if normalised(text) not in known], RETAIN_FRACTIONS
     )
-
-
-def normalised(text: str) -> str:
-    """A text without its case and spacing."""
-    return " ".join(text.split()).casefold()

@@ -3,12 +3,10 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from dsg.errors import UserError
 from dsg.lm import encode_texts, shared_prefix
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,6 @@ def word_pieces(texts: Sequence[str], num_words: int) -> list[str]:
             for start in range(0, len(words), num_words)
         ]
     return pieces
-
-
-def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` of the items, taken evenly from all over them."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def whole_rows(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[TrainingRow]:

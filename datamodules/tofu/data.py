@@ -8,13 +8,13 @@ from torch import Tensor
 
 from datamodules.parts.benchmark import BenchmarkData, Split
 from datamodules.parts.loading import BatchSize, Pairs, Rows
-from datamodules.parts.rows import Items, half, normalised, retain_parts
-from datamodules.parts.training_text import TrainingRow, answer_rows, evenly, running_rows
+from datamodules.parts.rows import Items, half, retain_parts
+from datamodules.parts.training_text import TrainingRow, answer_rows, running_rows
 from datamodules.tofu.texts import Asked, Template, TofuTexts
 from dsg.evaluation import Measurement, Passage, Prompt, Question
 from dsg.evaluation.benchmarks import tofu
 from dsg.io import dataset_revision, short_name
-from dsg.selection import describe_texts
+from dsg.selection import describe_texts, evenly, normalised
 
 TOFU = "locuslab/TOFU@324592d84ae4f482ac7249b9285c2ecdb53e3a68"
 

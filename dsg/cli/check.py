@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsg.cli.options import check_json, writing
 from dsg.errors import UserError
+from dsg.selection import evenly
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -148,9 +149,8 @@ def _texts(options: argparse.Namespace) -> list[str]:
             "--text is needed for any model but the embedded one, got none; give files of the "
             "kind of text that the guard is to see."
         )
-    count = min(options.max_texts, len(texts))
-    # Spread, so that every file and kind of text has its share.
-    return [texts[index * len(texts) // count] for index in range(count)]
+    # So that every file and kind of text has its share.
+    return evenly(texts, options.max_texts)
 
 
 def _passages(path: Path) -> list[str]:

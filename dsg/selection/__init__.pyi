@@ -11,7 +11,9 @@ from .splits import RETAIN_FRACTIONS as RETAIN_FRACTIONS
 from .splits import TextSource as TextSource
 from .splits import check_texts as check_texts
 from .splits import describe_texts as describe_texts
+from .splits import evenly as evenly
 from .splits import guard_texts as guard_texts
+from .splits import normalised as normalised
 from .splits import split_by_hash as split_by_hash
 from .splits import texts_digest as texts_digest
 from .statistics import FeatureStatistics as FeatureStatistics

@@ -3,9 +3,11 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dsg.errors import UserError
+
+Item = TypeVar("Item")
 
 RETAIN_FRACTIONS = (0.5, 0.25, 0.25)
 FORGET_FRACTIONS = (0.75, 0.25)
@@ -31,9 +33,21 @@ def split_by_hash(texts: Iterable[str], fractions: Sequence[float]) -> list[list
     bounds = list(itertools.accumulate(fractions))[:-1]
     splits: list[list[str]] = [[] for _ in fractions]
     for text in texts:
-        place = int.from_bytes(_sha256(_normalised(text)).digest()[:8], "big") / 2**64
+        place = int.from_bytes(_sha256(normalised(text)).digest()[:8], "big") / 2**64
         splits[sum(place >= bound for bound in bounds)].append(text)
     return splits
+
+
+def evenly(items: Sequence[Item], count: int, *, repeat: bool = False) -> list[Item]:
+    """At most `count` of the items, taken evenly from all over them.
+
+    Args:
+        items: In an order that is kept.
+        count: How many.
+        repeat: Whether fewer items are repeated until they are as many.
+    """
+    count = count if repeat else min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def texts_digest(texts: Iterable[str]) -> str:
@@ -106,7 +120,7 @@ def check_texts(splits: Mapping[str, Sequence[str]]) -> None:
     seen: dict[str, str] = {}
     for name, texts in splits.items():
         # Within a split, repetitions are the user's weighting.
-        for text in dict.fromkeys(map(_normalised, texts)):
+        for text in dict.fromkeys(map(normalised, texts)):
             if not text:
                 raise UserError(
                     f"every text must hold a word, got a blank one in {name!r}; remove it."
@@ -119,7 +133,8 @@ def check_texts(splits: Mapping[str, Sequence[str]]) -> None:
             seen[text] = name
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
+    """A text without its case and spacing."""
     return " ".join(text.split()).casefold()
 
 

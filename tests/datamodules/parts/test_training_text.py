@@ -12,7 +12,6 @@ from datamodules.parts.loading import Pairs, Rows, training_loader
 from datamodules.parts.training_text import (
     TrainingRow,
     answer_rows,
-    evenly,
     running_rows,
     word_pieces,
 )
@@ -28,12 +27,6 @@ def words(*numbers):
 def test_texts_are_cut_after_so_many_words_and_keep_their_spacing():
     assert word_pieces(["a b\n\nc  d e", " \n", "f"], 2) == ["a b", "c  d", "e", "f"]
     assert word_pieces(["a b\n\nc"], 3) == ["a b\n\nc"]
-
-
-def test_at_most_so_many_taken_evenly():
-    assert evenly(range(10), 4) == [0, 2, 5, 7]
-    assert evenly([1, 2], 5) == [1, 2]
-    assert evenly([], 5) == []
 
 
 def test_running_text_is_cut_into_pieces_that_begin_like_texts(tokenizer):
