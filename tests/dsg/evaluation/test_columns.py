@@ -1,6 +1,7 @@
 """Every column, metric and method has its words, and the README lists them as they are."""
 
 import math
+import re
 from pathlib import Path
 
 from dsg.evaluation.columns import (
@@ -11,6 +12,10 @@ from dsg.evaluation.columns import (
     METRICS,
     metric_of,
 )
+from dsg.evaluation.generation import PROMPT_COLUMNS
+from dsg.evaluation.items import Passage
+from dsg.evaluation.items_file import item_rows
+from dsg.evaluation.scoring import PASSAGE_COLUMNS, question_columns
 from dsg.guard import RECIPES
 from dsg.io.results import KEYS
 
@@ -40,6 +45,14 @@ def test_the_readme_explains_every_metric():
         [f"`{name}`", metric.meaning, span(metric.low, metric.high), metric.better or ""]
         for name, metric in METRICS.items()
     ]
+
+
+def test_the_readme_names_every_value_of_an_item():
+    section = README.read_text(encoding="utf-8").split("## Columns of `items.parquet`")[1]
+    passage = Passage(id=0, domain="forget", text="a")
+    columns = {*item_rows("on", "passages", [passage], {})[0]}
+    columns |= {*PASSAGE_COLUMNS, *PROMPT_COLUMNS, *question_columns(1)}
+    assert columns <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_every_method_has_a_label():

@@ -3,13 +3,17 @@
 import re
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from dsg.errors import UserError
 from dsg.io.results import row, write_results
 from dsg.report import build_report, save_overview_png
+from dsg.report.build import TEMPLATE_FILE
 from tests.report_data import HOSTILE, accuracy, measured_rows, write_run, write_side_files
 
 SECTIONS = [
@@ -108,6 +112,12 @@ def test_a_page_is_made_without_pytorch(run_dir):
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, run_dir], check=False).returncode == 0
+
+
+def test_the_template_is_part_of_an_installed_package():
+    settings = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["*"]
+    assert any(fnmatch(TEMPLATE_FILE, pattern) for pattern in patterns)
 
 
 def test_hostile_text_stays_text(tmp_path):
