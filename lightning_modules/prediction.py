@@ -23,7 +23,6 @@ from dsg.io import (
     read_run_facts,
     row,
     write_atomically,
-    write_parquet,
     write_results,
     write_run_facts,
 )
@@ -35,7 +34,7 @@ from lightning_modules.parts.precision import use_precision
 from lightning_modules.parts.protocols import Reads, data_of
 
 PREDICTION_DATA = ("name", "tokenizer", "texts")
-PREDICTIONS = "predictions"
+PREDICTIONS_FILE = "predictions.jsonl"
 
 
 class PredictionData(Protocol):
@@ -56,7 +55,7 @@ class PredictionData(Protocol):
 
 
 class PredictionModule(lightning.LightningModule):
-    """One row per text, in `predictions.jsonl` and `predictions.parquet`, in the order of the data.
+    """One row per text, in `predictions.jsonl`, in the order of the data.
 
     A row holds `id`, `domain`, `num_tokens` that were read and whether the text was `truncated`;
     the gate's `statistic`, its `threshold`, whether the text `triggered` it, how many tokens
@@ -181,8 +180,7 @@ class PredictionModule(lightning.LightningModule):
         ]
         folder = Path(self.trainer.default_root_dir)
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in rows]
-        write_atomically(folder / f"{PREDICTIONS}.jsonl", "".join(lines))
-        write_parquet(folder / f"{PREDICTIONS}.parquet", rows)
+        write_atomically(folder / PREDICTIONS_FILE, "".join(lines))
         labels = Labels(self.experiment, self.method, self.model_label, data.name, seed=self.seed)
         measured = measure_predictions(data.texts, rows)
         write_results(folder, [row(**vars(labels), **vars(one), guard="on") for one in measured])

@@ -11,7 +11,7 @@ from dsg.report import outcome_table
 _FILES = {
     RESULTS_FILE: "every measurement",
     ITEMS_FILE: "the values of each item, for dsg compare",
-    "predictions.jsonl": "a row per text; also as predictions.parquet",
+    "predictions.jsonl": "a row per text",
     "questions.json": "the questions that are kept, for `keep` of the data",
     "sweep.csv": "threshold and error rates for every number of features",
     "guard": "the guard, for `artifact`",

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import lightning
-import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -118,7 +117,6 @@ def test_rows_are_those_of_one_text_at_a_time(toy, tmp_path):
     assert {row["triggered"] for row in rows} == {True, False}
     changed = sum(row["continuation_on"] != row["continuation_off"] for row in rows)
     assert 0 < changed < NUM
-    assert pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist() == rows
     measured = {(row["domain"], row["metric"]): row for row in read_results(tmp_path)}
     for domain, n in (("forget", 7), ("retain", 6)):
         rate = measured[domain, "trigger_rate"]
@@ -148,7 +146,7 @@ def test_several_ranks_equal_one(toy, tmp_path):
     # 13 texts in batches of 4: four batches, the last of one text.
     predict(toy, tmp_path / "one")
     predict(toy, tmp_path / "three", trainer={"devices": 3, "strategy": "ddp_fork"})
-    for name in ("predictions.jsonl", "predictions.parquet", "results.jsonl"):
+    for name in ("predictions.jsonl", "results.jsonl"):
         one, three = (tmp_path / folder / name for folder in ("one", "three"))
         assert one.read_bytes() == three.read_bytes()
 
@@ -205,7 +203,7 @@ def test_a_killed_run_goes_on_on_two_ranks(toy, tmp_path):
     assert said.count("forget trigger rate 7 0.") == 1
     assert f"{tmp_path / 'cut' / 'predictions.jsonl'} a row per text" in said
     predict(toy, tmp_path / "whole")
-    for name in ("predictions.jsonl", "predictions.parquet", "results.jsonl"):
+    for name in ("predictions.jsonl", "results.jsonl"):
         one, other = (tmp_path / folder / name for folder in ("cut", "whole"))
         assert one.read_bytes() == other.read_bytes()
 
