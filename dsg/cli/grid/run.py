@@ -67,7 +67,7 @@ class Rounds:
         self.run_dir = run_dir
         self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
-        self._workers = workers
+        self.workers = workers
         self._console = console
 
     def run(self, title: str, cells: Sequence[Cell]) -> None:
@@ -76,7 +76,7 @@ class Rounds:
         waiting = [cell for cell in cells if not cell.is_finished(self.run_dir)]
         with Progress(console=self._console, transient=True) as progress:
             bar = progress.add_task(title, total=len(cells), completed=len(cells) - len(waiting))
-            for cell, reason in self._workers.run(waiting):
+            for cell, reason in self.workers.run(waiting):
                 progress.advance(bar)
                 if reason is not None:
                     self.failures[cell.name] = reason
@@ -182,6 +182,7 @@ def run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], lis
     """
     run_dir = rounds.run_dir
     tuning = plan.tuning()
+    rounds.workers.start()
     _prepare(plan.first(), tuning)
     rounds.run("tuning", tuning)
     sequences = plan.sequences(run_dir)

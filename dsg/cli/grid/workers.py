@@ -9,13 +9,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsg.cli.environment import prepare_environment
 from dsg.cli.grid.cells import Cell
@@ -65,6 +65,11 @@ class Workers:
             process.kill()
         self._close()
 
+    def start(self) -> None:
+        """Let the processes import what they work with while this one does something else."""
+        for _ in range(self._jobs):
+            self._submit(importlib.import_module, self._work.split(":")[0])
+
     def run(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
         """Do cells, in this order as far as processes are free, and tell of each when it ends.
 
@@ -80,7 +85,7 @@ class Workers:
                 if len(busy) >= (1 if alone else self._jobs):
                     break
                 cell = (again or waiting).popleft()
-                busy[self._submit(cell)] = cell
+                busy[self._submit(_attempt, self._work, cell, self._run_dir)] = cell
             done = wait(busy, return_when=FIRST_COMPLETED).done
             if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
                 done = wait(busy).done
@@ -95,11 +100,15 @@ class Workers:
                     suspects.add(cell.name)
                     again.append(cell)
 
-    def _submit(self, cell: Cell) -> Future[str | None]:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._jobs, context, _begin)
-        return self._pool.submit(_attempt, self._work, cell, self._run_dir)
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        if self._pool is not None:
+            try:
+                return self._pool.submit(function, *arguments)
+            except BrokenProcessPool:  # a process has died that had nothing to do
+                self._close()
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self._jobs, context, _begin)
+        return self._pool.submit(function, *arguments)
 
     def _close(self) -> None:
         if self._pool is not None:
