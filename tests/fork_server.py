@@ -37,7 +37,7 @@ def import_everything() -> None:
 
 def build_cache(name: str) -> int:
     """Builds a folder of the cache, slowly."""
-    from dsg.cli.interrupts import interrupts_raised
+    from dsg.cli.process import interrupts_raised
     from dsg.io.cache import cached_folder
 
     def build(folder: Path) -> None:

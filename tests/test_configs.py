@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsg.cli.grid.overrides import value_at
+from dsg.cli.configs import value_at
 from dsg.cli.lightning_cli import RunCLI, run_name
 
 CONFIGS = Path(__file__).parents[1] / "configs"

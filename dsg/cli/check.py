@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
     from datamodules.parts.loading import load_tokenizer
     from dsg.cli.lightning_cli import resolve_benchmark
-    from dsg.cli.quiet import calm_libraries
+    from dsg.cli.process import calm_libraries
     from dsg.io import write_atomically
     from dsg.lm import check_width, load_model, resolve_hook_point
     from dsg.sae import check_fit, load_sae, verdict

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg.cli.config_errors import imported
-from dsg.cli.grid.overrides import read_config
+from dsg.cli.configs import read_config
 from dsg.errors import UserError
 from dsg.io import read_yaml
 

@@ -17,18 +17,15 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
 from typing_extensions import override
 
-from dsg.cli.benchmark_names import map_strings, resolve_benchmark
 from dsg.cli.config_errors import one_line, one_sentence, user_error_behind
 from dsg.cli.config_files import check_config_files, with_shared
-from dsg.cli.disk_full import disk_full_behind
-from dsg.cli.early_checks import check_inputs
-from dsg.cli.interrupts import interrupts_raised
-from dsg.cli.kept_rows import KeptRows, RowsInCheckpoints
-from dsg.cli.outcome import print_outcome
-from dsg.cli.quiet import calm_libraries
-from dsg.cli.run_parts import EndsAtSigterm, with_whole_checkpoints
+from dsg.cli.configs import map_strings, resolve_benchmark
+from dsg.cli.early_checks import check_inputs, check_strategy, trainer_refusals
+from dsg.cli.process import calm_libraries, disk_full_behind, interrupts_raised
+from dsg.cli.resuming import EndsAtSigterm, KeptRows, RowsInCheckpoints, with_whole_checkpoints
 from dsg.cli.tracking import (
     Unfailing,
     data_facts,
@@ -38,18 +35,21 @@ from dsg.cli.tracking import (
     tracked_facts,
     unfailing,
 )
-from dsg.cli.trainer_settings import check_strategy, trainer_refusals
 from dsg.errors import UserError, check_seeds
 from dsg.io import FOLDER as JOURNAL_FOLDER
 from dsg.io import (
+    ITEMS_FILE,
+    RESULTS_FILE,
     is_rank_zero,
     newest_checkpoint,
     read_checkpoint,
+    read_results,
     read_run_facts,
     remove_drafts,
     write_run_facts,
 )
 from dsg.io.run_directory import run_directory
+from dsg.report import outcome_table
 
 CONFIG_FILE = "config.yaml"
 # Defaults of every run; a configuration names only what differs. Loggers write into the run
@@ -299,3 +299,39 @@ def run_name(first: Path, *others: Path) -> str:
     parts = first.with_suffix("").parts
     below = parts[::-1].index("configs") if "configs" in parts else 1
     return "_".join([*parts[len(parts) - below :], *(path.stem for path in others)])
+
+
+# What a run may leave, and what it is for; in this order.
+_FILES = {
+    RESULTS_FILE: "every measurement",
+    ITEMS_FILE: "the values of each item, for dsg compare",
+    "predictions.jsonl": "a row per text",
+    "questions.json": "the questions that are kept, for `keep` of the data",
+    "sweep.csv": "threshold and error rates for every number of features",
+    "guard": "the guard, for `artifact`",
+    "guards": "the guards",
+    "model": "the model, for `model_name`",
+    "answers_off.jsonl": "the answers with the guard off",
+    "answers_on.jsonl": "the answers with the guard on",
+    "metrics.csv": "what was logged on the way",
+}
+
+
+def print_outcome(run_dir: Path) -> None:
+    """Print the table of a finished run and the paths of what it has left."""
+    console = Console()
+    has_results = (run_dir / RESULTS_FILE).is_file()
+    if has_results:
+        table, num_more = outcome_table(read_results(run_dir))
+        if table is not None:
+            console.print(table)
+        if num_more:
+            console.print(f"and {num_more} more measurements in {RESULTS_FILE}\n", highlight=False)
+    found = {name: use for name, use in _FILES.items() if (run_dir / name).exists()}
+    width = max((len(str(run_dir / name)) for name in found), default=0)
+    for name, use in found.items():
+        path = str(run_dir / name)
+        console.print(f"{path:<{width}}  {use}", highlight=False, markup=False, soft_wrap=True)
+    if has_results:
+        page = f"dsg report {run_dir}"
+        console.print(f"{page:<{width}}  makes a page of it", highlight=False, soft_wrap=True)

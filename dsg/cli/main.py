@@ -9,9 +9,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
-from dsg.cli.disk_full import disk_full_behind
 from dsg.cli.environment import prepare_environment
-from dsg.cli.interrupts import Terminated, interrupts_raised
+from dsg.cli.process import Terminated, disk_full_behind, interrupts_raised
 from dsg.errors import UserError, did_you_mean
 from dsg.io import check_ranks, is_rank_zero
 

@@ -28,7 +28,7 @@ _SUMMARY_COLUMNS = (
 class Unfailing(Logger):
     """A logger that falls silent at its first error instead of ending the run.
 
-    A run that goes on logs everything again (see `dsg.cli.kept_rows`): offline that replaces what
+    A run that goes on logs everything again (see `dsg.cli.resuming`): offline that replaces what
     lies in the run directory, online what is there already is left out. Metrics of evaluations get
     the epoch as their axis.
 

@@ -3,10 +3,6 @@ from .atomic import whole_file as whole_file
 from .atomic import write_atomically as write_atomically
 from .cache import cached_folder as cached_folder
 from .cache import content_key as content_key
-from .checkpoints import newest_checkpoint as newest_checkpoint
-from .checkpoints import read_checkpoint as read_checkpoint
-from .csv_table import Table as Table
-from .csv_table import read_table as read_table
 from .hub import check_dataset as check_dataset
 from .hub import check_folder as check_folder
 from .hub import dataset_revision as dataset_revision
@@ -16,6 +12,8 @@ from .hub import is_refusal as is_refusal
 from .hub import load_pretrained as load_pretrained
 from .hub import load_rows as load_rows
 from .hub import no_model as no_model
+from .hub import note_revision as note_revision
+from .hub import noted_revision as noted_revision
 from .hub import parse_name as parse_name
 from .hub import short_name as short_name
 from .journal import FOLDER as FOLDER
@@ -36,9 +34,11 @@ from .results import read_run_facts as read_run_facts
 from .results import row as row
 from .results import write_results as write_results
 from .results import write_run_facts as write_run_facts
-from .revisions import note_revision as note_revision
-from .revisions import noted_revision as noted_revision
 from .rows import ROW_FILES as ROW_FILES
+from .rows import Table as Table
+from .rows import read_table as read_table
 from .rows import write_parquet as write_parquet
 from .run_directory import check_ranks as check_ranks
 from .run_directory import is_rank_zero as is_rank_zero
+from .run_directory import newest_checkpoint as newest_checkpoint
+from .run_directory import read_checkpoint as read_checkpoint

@@ -9,17 +9,16 @@ from typing import Any
 from rich.console import Console
 
 from datamodules.text_files.files import file_facts, read_uses
+from dsg.cli.configs import Config, changed
 from dsg.cli.demo.pretrained import open_pretrained
 from dsg.cli.demo.text_model import Sizes, TextFiles, ensure_text_model, read_training
 from dsg.cli.demo.world import num_jobs
 from dsg.cli.grid.cells import FEATURES_FILE, Cell
-from dsg.cli.grid.draws import mean_over_draws
 from dsg.cli.grid.kinds import quiet, tracked
-from dsg.cli.grid.overrides import Config, changed
+from dsg.cli.grid.recovery import mean_over_draws
 from dsg.cli.grid.run import Rounds, densities_of
 from dsg.cli.grid.workers import Workers
-from dsg.cli.interrupts import resumable
-from dsg.cli.quiet import calm_libraries
+from dsg.cli.process import calm_libraries, resumable
 from dsg.cli.tiny_world import HOOK_POINT, MODEL_FOLDER, SAE_FOLDER
 from dsg.errors import UserError
 from dsg.io import read_json, write_atomically, write_results, write_run_facts

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from datamodules.parts.loading import passage_loader
+from dsg.cli.configs import Config, combinations
 from dsg.cli.demo.text import CONTINUATION_FILE, EXPERIMENT, GUARDS_FILE
-from dsg.cli.grid.overrides import Config, combinations
 from dsg.cli.grid.work import describe_strongest, instantiate, write_config
 from dsg.errors import UserError
 from dsg.evaluation import Passage, auroc, continuation_rouge, is_measurable, mean_rouge, score_all

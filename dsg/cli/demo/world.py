@@ -6,15 +6,14 @@ from typing import Any
 
 from rich.console import Console
 
+from dsg.cli.configs import Config
 from dsg.cli.environment import available_cpus
 from dsg.cli.grid.file import GUARD_KEY, LR_KEY, Attack, Benchmark, Method, Sequence
-from dsg.cli.grid.overrides import Config
 from dsg.cli.grid.plan import Plan
 from dsg.cli.grid.recovery import SUMMARIES
 from dsg.cli.grid.run import Rounds, run_benchmark
 from dsg.cli.grid.workers import Workers
-from dsg.cli.interrupts import resumable
-from dsg.cli.quiet import calm_libraries
+from dsg.cli.process import calm_libraries, resumable
 from dsg.cli.tiny_world import HOOK_POINT
 from dsg.io import write_results, write_run_facts
 from dsg.io.run_directory import run_directory

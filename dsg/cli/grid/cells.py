@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsg.cli.grid.overrides import Config
+from dsg.cli.configs import Config
 from dsg.io import RESULTS_FILE, read_results, write_atomically
 
 # Stands for the grid's run directory in a configuration, which therefore can be moved.

@@ -54,11 +54,10 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--jobs must be at least 1, got {options.jobs}.")
     from rich.console import Console
 
-    from dsg.cli.grid.files import read_grid
+    from dsg.cli.grid.file import read_grid
     from dsg.cli.grid.run import run_grid
-    from dsg.cli.interrupts import resumable
     from dsg.cli.lightning_cli import run_name
-    from dsg.cli.quiet import calm_libraries
+    from dsg.cli.process import calm_libraries, resumable
     from dsg.io.run_directory import run_directory
 
     grid = read_grid(options.config)

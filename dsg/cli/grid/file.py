@@ -1,10 +1,16 @@
-"""What a grid file may say: a plain sweep, or the benchmark that compares methods."""
+"""Grid files: a plain sweep, or the benchmark that compares methods."""
 
+import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import ArgumentParser
+
+from dsg.cli.config_errors import one_sentence
+from dsg.cli.configs import Config, merged, read_config
 from dsg.errors import UserError, check_each_once, check_seeds
 
 GUARD_KEY = "model.init_args.guard"
@@ -229,3 +235,50 @@ def _check_grid(name: str, grid: Mapping[str, Any]) -> None:
             raise UserError(f"`{name}` must list values for {key!r}, got {values!r}.")
         if any(values.count(value) > 1 for value in values):
             raise UserError(f"`{name}` must list each value for {key!r} once, got {values!r}.")
+
+
+Grid = Sweep | Benchmark
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid file; one with `methods` is a benchmark, any other one a sweep.
+
+    Raises:
+        UserError: The file cannot be read, or what it says is wrong.
+    """
+    raw = read_config(path)
+    kind = Benchmark if "methods" in raw else Sweep
+    check_keys(raw)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, None)
+    try:
+        parsed: Any = parser.parse_path(str(path))
+    except argparse.ArgumentError as error:
+        raise UserError(f"The grid {str(path)!r}: {one_sentence(str(error), 'mend it')}") from None
+    return kind(**vars(parser.instantiate(parsed)))
+
+
+def named_configs(grid: Grid, path: Path) -> dict[str, Config]:
+    """The runnable configurations that a grid names, by `str` of what it calls them.
+
+    Args:
+        grid: What the file says.
+        path: Where it lies; names are relative to its folder.
+
+    Raises:
+        UserError: One cannot be read.
+    """
+    return {
+        str(names): merged(
+            read_config(path.parent / name)
+            for name in ([names] if isinstance(names, str) else names)
+        )
+        for names in _names(grid)
+    }
+
+
+def _names(grid: Grid) -> Iterable[str | list[str]]:
+    if isinstance(grid, Sweep):
+        return [grid.config]
+    entries = (*grid.methods.values(), *grid.attacks.values(), *grid.sequences.values())
+    return [entry.config for entry in entries]

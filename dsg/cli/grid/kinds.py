@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from dsg.cli.configs import Config, value_at
 from dsg.cli.grid.file import GUARD_KEY, Benchmark, Method, split_mode
-from dsg.cli.grid.overrides import Config, value_at
 from dsg.errors import UserError
 
 # A model that has forgotten nothing, a guard of an SAE, or a model whose weights are changed.

@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsg.cli.configs import Config, changed, combinations, label, value_at, with_seed
 from dsg.cli.grid.cells import Cell
-from dsg.cli.grid.choosing import Choice, Try, best, validation_scores
 from dsg.cli.grid.file import EPOCHS_KEY, GUARD_KEY, LR_KEY, Benchmark, Method, split_mode
 from dsg.cli.grid.kinds import Kind, check_kinds, kind_of, quiet, tracked
-from dsg.cli.grid.overrides import Config, changed, combinations, label, value_at, with_seed
+from dsg.cli.grid.tuning import Choice, Try, best, validation_scores
 from dsg.io import read_run_facts
 
 TUNE_GUARDS = "dsg.cli.grid.work:tune_guards"

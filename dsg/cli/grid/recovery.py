@@ -1,10 +1,10 @@
-"""What the attacks of a grid bring back and what they destroy, at each attacker's best rate.
+"""Numbers made of several cells' rows: recovery under attack, unlearning score, mean over draws.
 
 What an attacker aims at are the facts that its text states, where a data set tells them from the
 others: the others may fall with the attack itself, which would hide what came back.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dsg.attacks import accuracy_curve, area_under_recovery, best_over_lr, epochs_to_half
 from dsg.cli.grid.plan import Attacked, Place
 from dsg.errors import UserError
+from dsg.evaluation import PROTOCOLS, Outcome, mean_over_runs, unlearning_score
 from dsg.io import row
 
 DOMAINS = ("forget", "forget_shown", "forget_unshown")
@@ -184,3 +185,109 @@ def _attempt(
         HALF: recovered.get(HALF),
         "best": is_best,
     }
+
+
+UNLEARNING_SCORE = "unlearning_score"
+
+Row = Mapping[str, Any]
+
+
+def score_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One row per seed with the score, under the settings that were chosen on validation questions.
+
+    Args:
+        rows: Result rows of guarded evaluations on `validation` and on `test`, whose `experiment`
+            tells the settings. The unguarded model's accuracies are the base's.
+
+    Returns:
+        Rows of the metric `unlearning_score`; none for a seed in which no setting keeps 99 % of the
+        utility, or which was not measured on both halves.
+    """
+    by_seed: dict[Any, list[Row]] = {}
+    for found in rows:
+        if found["metric"] == "accuracy" and found["protocol"] in PROTOCOLS:
+            by_seed.setdefault(found["seed"], []).append(found)
+    scored = [_score(seed, measured) for seed, measured in by_seed.items()]
+    return [found for found in scored if found is not None]
+
+
+def _score(seed: Any, rows: Sequence[Row]) -> dict[str, Any] | None:
+    outcomes = {
+        split: {guard: _outcomes(rows, split, guard) for guard in ("off", "on")}
+        for split in ("validation", "test")
+    }
+    choosing, reported = outcomes["validation"], outcomes["test"]
+    settings = [name for name in choosing["on"] if name in reported["on"]]
+    if not settings:
+        return None
+    first = settings[0]
+    scored = unlearning_score(
+        [choosing["on"][name] for name in settings],
+        [reported["on"][name] for name in settings],
+        choosing["off"][first],
+        reported["off"][first],
+    )
+    if scored is None:
+        return None
+    setting, score = scored
+    like = next(found for found in rows if found["guard"] == "on" and found["domain"] == "forget")
+    return row(
+        **{
+            **like,
+            "experiment": settings[setting],
+            "split": "test",
+            "seed": seed,
+            "metric": UNLEARNING_SCORE,
+            **vars(score),
+        }
+    )
+
+
+def _outcomes(rows: Sequence[Row], split: str, guard: str) -> dict[str, Outcome]:
+    """Outcome of each setting that has both accuracies."""
+    found: dict[str, dict[str, Row]] = {}
+    for one in rows:
+        if (one["split"], one["guard"]) == (split, guard) and one["domain"] in ("forget", "retain"):
+            found.setdefault(one["experiment"], {})[one["domain"]] = one
+    return {
+        name: Outcome(
+            both["forget"]["value"] * both["forget"]["n"],
+            both["forget"]["n"],
+            both["retain"]["value"],
+        )
+        for name, both in found.items()
+        if len(both) == 2
+    }
+
+
+_MEASURED = ("method", "value", "low", "high")
+
+
+def mean_over_draws(
+    rows: Iterable[Mapping[str, Any]], method: str, num_draws: int
+) -> list[dict[str, Any]]:
+    """One row per measurement, with an interval over the draws.
+
+    Where a draw gave no number, such as an infinite perplexity, there is no mean either; and no row
+    at all where a draw is missing.
+
+    Args:
+        rows: Result rows of all draws, which differ in `method` alone.
+        method: The `method` of their mean.
+        num_draws: How many there are.
+    """
+    by_measurement: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for measured in rows:
+        shared = tuple((key, value) for key, value in measured.items() if key not in _MEASURED)
+        by_measurement.setdefault(shared, []).append(measured)
+    means = []
+    for drawn in by_measurement.values():
+        if len(drawn) < num_draws:
+            continue
+        values = [measured["value"] for measured in drawn]
+        mean: dict[str, Any] = dict.fromkeys(("value", "low", "high"))
+        if None not in values:
+            estimate = mean_over_runs(drawn[0]["metric"], values)
+            mean = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+        means.append({**drawn[0], "method": method, **mean})
+    return means

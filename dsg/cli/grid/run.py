@@ -12,14 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from dsg.cli.grid.cells import CELLS_FOLDER, FEATURES_FILE, RUN_DIR, Cell
-from dsg.cli.grid.draws import mean_over_draws
-from dsg.cli.grid.file import EPOCHS_KEY, Sweep
-from dsg.cli.grid.files import Grid, named_configs
-from dsg.cli.grid.halves import METRIC as UNLEARNING_SCORE
-from dsg.cli.grid.halves import score_rows
-from dsg.cli.grid.kinds import quiet
-from dsg.cli.grid.overrides import (
+from dsg.cli.configs import (
     Config,
     benchmark_seeds,
     changed,
@@ -28,8 +21,11 @@ from dsg.cli.grid.overrides import (
     map_strings,
     with_seed,
 )
+from dsg.cli.grid.cells import CELLS_FOLDER, FEATURES_FILE, RUN_DIR, Cell
+from dsg.cli.grid.file import EPOCHS_KEY, Grid, Sweep, named_configs
+from dsg.cli.grid.kinds import quiet
 from dsg.cli.grid.plan import Plan
-from dsg.cli.grid.recovery import sum_up
+from dsg.cli.grid.recovery import UNLEARNING_SCORE, mean_over_draws, score_rows, sum_up
 from dsg.cli.grid.tables import attack_table, sweep_table
 from dsg.cli.grid.work import instantiate, write_config
 from dsg.cli.grid.workers import Workers

@@ -18,13 +18,12 @@ import lightning_modules  # noqa: F401
 from datamodules.parts.loading import question_loader
 from dsg.cli import lightning_cli
 from dsg.cli.config_errors import one_sentence
+from dsg.cli.configs import Config, map_strings
 from dsg.cli.grid.cells import FEATURES_FILE, RUN_DIR, Cell
-from dsg.cli.grid.choosing import Try, best
 from dsg.cli.grid.file import GUARD_KEY
-from dsg.cli.grid.overrides import Config, map_strings
 from dsg.cli.grid.plan import GUARDS_FILE
-from dsg.cli.grid.tuning import GuardTuner
-from dsg.cli.quiet import calm_libraries
+from dsg.cli.grid.tuning import GuardTuner, Try, best
+from dsg.cli.process import calm_libraries
 from dsg.errors import UserError
 from dsg.guard import Guard
 from dsg.io import write_atomically

@@ -12,11 +12,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from dsg.cli.disk_full import disk_full_behind
-from dsg.cli.interrupts import Terminated, interrupts_raised
 from dsg.cli.main import main
-from dsg.cli.run_parts import WholeCheckpoints
-from dsg.io.checkpoints import newest_checkpoint
+from dsg.cli.process import Terminated, disk_full_behind, interrupts_raised
+from dsg.cli.resuming import WholeCheckpoints
+from dsg.io.run_directory import newest_checkpoint
 from tests.dsg.cli.tiny_runs import TinyData, TinyModule
 
 ROOT = Path(__file__).parents[3]
@@ -249,7 +248,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from dsg.io.atomic import whole_file
-from dsg.cli.disk_full import disk_full_behind
+from dsg.cli.process import disk_full_behind
 from tests.helpers import tiny_model
 folder, model = Path(sys.argv[2]), tiny_model()
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))

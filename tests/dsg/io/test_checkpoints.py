@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsg.errors import UserError
-from dsg.io.checkpoints import newest_checkpoint, read_checkpoint
+from dsg.io.run_directory import newest_checkpoint, read_checkpoint
 
 CONTENT = {"state_dict": {"w": torch.arange(1000.0)}, "loops": {}, "global_step": 3}
 

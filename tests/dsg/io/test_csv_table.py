@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from dsg.errors import UserError
-from dsg.io.csv_table import read_table
+from dsg.io.rows import read_table
 
 
 def table(tmp_path, text):

@@ -8,14 +8,13 @@ import pytest
 
 from datamodules import TinyWorldData, TinyWorldRequests
 from datamodules.tiny_world.texts import TinyWorldTexts
+from dsg.cli.configs import value_at
 from dsg.cli.demo.command import PARTS
 from dsg.cli.demo.world import demo_configs, demo_grid
 from dsg.cli.grid import work
-from dsg.cli.grid.choosing import Choice
-from dsg.cli.grid.file import EPOCHS_KEY, GUARD_KEY, LR_KEY, Benchmark
-from dsg.cli.grid.files import read_grid
-from dsg.cli.grid.overrides import value_at
+from dsg.cli.grid.file import EPOCHS_KEY, GUARD_KEY, LR_KEY, Benchmark, read_grid
 from dsg.cli.grid.plan import Plan
+from dsg.cli.grid.tuning import Choice
 from dsg.evaluation import method_name
 from dsg.guard import RECIPES
 from dsg.selection.splits import guard_texts

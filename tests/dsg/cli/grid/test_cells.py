@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from dsg.cli.grid.cells import Cell
-from dsg.cli.grid.overrides import (
+from dsg.cli.configs import (
     benchmark_seeds,
     changed,
     combinations,
@@ -14,6 +13,7 @@ from dsg.cli.grid.overrides import (
     value_at,
     with_seed,
 )
+from dsg.cli.grid.cells import Cell
 from dsg.errors import UserError
 
 CONFIG = {

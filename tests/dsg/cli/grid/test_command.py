@@ -11,7 +11,7 @@ import yaml
 from dsg.cli import lightning_cli
 from dsg.cli.grid import command as grid
 from dsg.cli.grid import workers as grid_workers
-from dsg.cli.grid.files import read_grid
+from dsg.cli.grid.file import read_grid
 from dsg.errors import UserError
 from dsg.io.results import read_results
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsg.cli.grid.draws import mean_over_draws
+from dsg.cli.grid.recovery import mean_over_draws
 from dsg.io.results import row
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsg.cli.grid.file import Attack, Benchmark, Method, Sweep, split_mode
-from dsg.cli.grid.files import named_configs, read_grid
-from dsg.cli.grid.overrides import changed, combinations, map_strings, with_seed
+from dsg.cli.configs import changed, combinations, map_strings, with_seed
+from dsg.cli.grid.file import Attack, Benchmark, Method, Sweep, named_configs, read_grid, split_mode
 from dsg.cli.grid.plan import Plan
 from dsg.cli.grid.work import instantiate, write_config
 from dsg.errors import UserError

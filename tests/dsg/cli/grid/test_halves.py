@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsg.cli.grid.halves import score_rows
+from dsg.cli.grid.recovery import score_rows
 from dsg.io.results import row
 
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 
 import pytest
 
+from dsg.cli.configs import value_at
 from dsg.cli.grid.cells import Cell
-from dsg.cli.grid.choosing import best, validation_scores
 from dsg.cli.grid.file import Attack, Benchmark, Method
-from dsg.cli.grid.overrides import value_at
 from dsg.cli.grid.plan import TUNE_GUARDS, Place, Plan
 from dsg.cli.grid.recovery import sum_up
+from dsg.cli.grid.tuning import best, validation_scores
 from dsg.errors import UserError
 from dsg.io.results import row, write_results, write_run_facts
 

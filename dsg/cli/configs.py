@@ -1,4 +1,4 @@
-"""Configurations of cells: a runnable configuration with some of its values changed."""
+"""Configurations: read, laid over each other, changed by dotted keys; names in them."""
 
 import copy
 import itertools
@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import Namespace
 
 from dsg.errors import UserError
 from dsg.io import read_yaml
@@ -102,6 +104,10 @@ def map_strings(config: Any, change: Callable[[str], str]) -> Any:
         return {name: map_strings(value, change) for name, value in config.items()}
     if isinstance(config, list):
         return [map_strings(value, change) for value in config]
+    if isinstance(config, Namespace):
+        copied = Namespace()
+        vars(copied).update(map_strings(vars(config), change))
+        return copied
     return config
 
 
@@ -154,3 +160,28 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def resolve_benchmark(value: str) -> str:
+    """Replace `tiny_world:SEED/model` or `tiny_world:SEED/sae` by the folder that holds it.
+
+    The embedded benchmark is trained if the cache does not hold it yet.
+
+    Raises:
+        UserError: The value begins like one of the two but is neither.
+    """
+    if not value.startswith("tiny_world:"):
+        return value
+    match = re.fullmatch(r"tiny_world:(\d+)/(model|sae)", value)
+    if match is None:
+        raise UserError(
+            f"The embedded benchmark is named tiny_world:SEED/model or tiny_world:SEED/sae, "
+            f"got {value!r}; mend the configuration."
+        )
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    from dsg.cli.tiny_world import ensure_tiny_world
+
+    # Training it draws random numbers; a run must not depend on whether the cache was warm.
+    with isolate_rng():
+        return str(ensure_tiny_world(int(match[1])) / match[2])
