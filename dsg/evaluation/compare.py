@@ -1,4 +1,4 @@
-"""Two runs, item by item: what each item scored in either, and whether the difference is real."""
+"""Compares two runs on the items that both measured, by paired tests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

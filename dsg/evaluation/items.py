@@ -111,7 +111,7 @@ Item = Question | Passage | Prompt
 
 
 def item_key(*parts: str) -> str:
-    """What an item is known by in every run: 16 hex digits of the SHA-256 of its texts."""
+    """An item's identity in every run: 16 hex digits of the SHA-256 of its texts."""
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 

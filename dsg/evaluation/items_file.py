@@ -34,7 +34,7 @@ def item_rows(
             "pool": item.pool,
             "key": item.key or _content_key(item),
             "id": item.id,
-            "fact": getattr(item, "fact", None),
+            "fact": item.fact if isinstance(item, Question) else None,
             "text": None if texts is None else texts[place],
             **{name: column[place] for name, column in columns.items()},
         }

@@ -1,4 +1,4 @@
-"""What a guard decides about texts, and how its model goes on with them: one row per text."""
+"""A guard's decision about each text, and its continuation with the guard off and on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ predict_in_memory = halving(predict_batch)
 
 
 def prediction_rows(batch: PromptBatch, values: Values, threshold: float) -> list[dict[str, Any]]:
-    """What was found about each text, in plain values, in the order of the batch."""
+    """Decision and continuations of each text in plain values, in the order of the batch."""
     rows = []
     for place in range(len(batch.ids)):
         row: dict[str, Any] = {
@@ -110,7 +110,7 @@ def measure_predictions(
 
     Args:
         texts: All texts.
-        rows: What was found about each of them, in the same order.
+        rows: Their `prediction_rows`, in the same order.
     """
     measurements = []
     for domain in sorted({text.domain for text in texts}):

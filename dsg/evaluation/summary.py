@@ -123,7 +123,7 @@ def in_id_order(items: Sequence[AnyItem]) -> list[AnyItem]:
 
 
 def named_twice(names: Iterable[tuple[str, str | None]]) -> set[str]:
-    """Domains that are the whole of a pool: what is told of the pool says all about them.
+    """Domains that are the whole of a pool, whose numbers are theirs as well.
 
     Args:
         names: Domain and pool of each item.
@@ -227,7 +227,7 @@ def _accuracies(
 def _benchmark(
     domain: str, questions: Sequence[Question], rows: list[int], values: Mapping[str, Tensor]
 ) -> list[Measurement]:
-    """What is told of a question set of the field beside its accuracy."""
+    """Probability of the right answer, below-chance flag, and accuracy by other rules or shares."""
     protocol = questions[rows[0]].protocol
     probability = bootstrap_mean(values["correct_probability"][rows].tolist())
     measurements = [Measurement(domain, "correct_probability", protocol, **vars(probability))]

@@ -1,4 +1,4 @@
-"""From densities of retain text to a threshold, and how often it errs."""
+"""The gate's threshold from densities of retain text, and its false-positive rate."""
 
 import numpy as np
 from jaxtyping import Float

@@ -1,4 +1,4 @@
-"""Splitting texts so that no part depends on the others, and telling parts apart by hash."""
+"""Splits of texts by their hash, so that a text's split never depends on the other texts."""
 
 import hashlib
 import itertools
@@ -61,7 +61,7 @@ def describe_texts(texts: Sequence[str]) -> dict[str, Any]:
 
 
 class TextSource(Protocol):
-    """Whoever has texts to make a guard from."""
+    """Texts to make a guard from, by purpose."""
 
     def forget_texts(self) -> Sequence[str]:
         """Texts about what is to be forgotten."""

@@ -1,4 +1,4 @@
-"""The metrics of MUSE: what is said verbatim, what is known, and whether membership leaks.
+"""The metrics of MUSE: verbatim memorisation, knowledge memorisation, and privacy leakage.
 
 All numbers are those of the official evaluation, in per cent. Lower VerbMem and KnowMem on forget
 text is better, higher KnowMem on retain text is better, and PrivLeak should be 0: below it a member

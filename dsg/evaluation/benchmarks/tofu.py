@@ -48,13 +48,16 @@ def shares(mean_log_probs: Float[ndarray, "n answers"]) -> Float[ndarray, " n"]:
 
 
 def unrecognised(ratios: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
-    """How evenly right and wrong are taken, in [0, 1]: the truth ratio's use on forget text."""
+    """min(ratio, 1 / ratio), in [0, 1]: 1 where right and wrong answers are equally probable.
+
+    The use of the truth ratio on forget text.
+    """
     with np.errstate(divide="ignore"):
         return np.minimum(ratios, 1 / ratios)
 
 
 def recognised(ratios: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
-    """How clearly right is told from wrong, in [0, 1]: the truth ratio's use on other text."""
+    """max(0, 1 - ratio), in [0, 1]: the use of the truth ratio on other text."""
     return np.maximum(0.0, 1 - ratios)
 
 

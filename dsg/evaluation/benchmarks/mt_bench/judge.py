@@ -1,10 +1,10 @@
-"""Who judges answers, how it is asked, and what a judgement says."""
+"""The judge of MT-Bench answers: its settings, its interface, and the rating in its reply."""
 
 import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -56,11 +56,10 @@ class JudgeSettings:
             UserError: A setting is out of range, or repeats would all be the same.
         """
         check_choice("kind", self.kind, ("api", "local"))
+        settings = asdict(self)
         for name in ("repeats", "max_attempts", "concurrency"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"`{name}` must be at least 1, got {getattr(self, name)}; raise it."
-                )
+            if settings[name] < 1:
+                raise UserError(f"`{name}` must be at least 1, got {settings[name]}; raise it.")
         if self.kind == "local" and self.repeats > 1 and not self.temperature:
             raise UserError(
                 f"`repeats` must be 1 for a local judge at temperature 0, got {self.repeats}, "
@@ -86,13 +85,13 @@ class JudgeFailure(Exception):
 
 
 class Judge(Protocol):
-    """Whoever replies to messages."""
+    """A model that replies to messages."""
 
     concurrency: int
     """How many replies may be asked for at the same time."""
 
     def check(self) -> None:
-        """Find out whether the judge can be asked, before anything expensive is done for it.
+        """Refuse a judge that cannot be asked, before anything expensive is done for it.
 
         Raises:
             UserError: It cannot.
@@ -100,7 +99,7 @@ class Judge(Protocol):
         ...
 
     def reply(self, messages: Sequence[Message], seed: int) -> str:
-        """What the judge says; perhaps nothing.
+        """The judge's reply, which may be empty.
 
         Args:
             messages: The conversation so far, the user's message last.
@@ -120,8 +119,8 @@ def parse_rating(reply: str) -> float | None:
 
 
 def request_key(settings: JudgeSettings, messages: Sequence[Message], repeat: int) -> str:
-    """What a judgement is known by: all that decides it, and which repeat it is."""
+    """Hash of everything that decides a judgement, and of the number of the repeat."""
     names = ("model", "kind", "base_url", "temperature", "max_tokens")
-    decides = {name: getattr(settings, name) for name in names}
+    decides = {name: value for name, value in asdict(settings).items() if name in names}
     text = json.dumps([decides, list(messages), repeat], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -78,14 +78,15 @@ class ApiJudge:
         # A body that is not JSON arrives as a plain ValueError.
         except (self._openai.OpenAIError, ValueError) as error:
             raise JudgeFailure(self._reason(error)) from None
-        choices = getattr(response, "choices", None) or []
-        message = getattr(choices[0], "message", None) if choices else None
-        content = getattr(message, "content", None)
+        try:
+            content = response.choices[0].message.content
+        except (AttributeError, TypeError, IndexError):  # an endpoint's own idea of a reply
+            return ""
         return content if isinstance(content, str) else ""
 
-    def _reason(self, error: Exception) -> str:
+    def _reason(self, error: Any) -> str:
         """What went wrong; a refused key may be quoted in the endpoint's own words."""
-        status = getattr(error, "status_code", None)
+        status = error.status_code if isinstance(error, self._openai.APIStatusError) else None
         name = type(error).__name__ if status is None else f"{type(error).__name__} ({status})"
         if status in (401, 403):
             return name

@@ -42,7 +42,7 @@ class LocalJudge:
                 f"{self._settings.model!r} ({first_line(error)}); check the spelling and that you "
                 "may read it."
             ) from error
-        if not getattr(tokenizer, "chat_template", None):
+        if not tokenizer.chat_template:
             raise UserError(
                 "`model` of a local judge must have a chat template, got "
                 f"{self._settings.model!r} without; take an instruction-tuned model."

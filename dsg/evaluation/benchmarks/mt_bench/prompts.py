@@ -1,4 +1,4 @@
-"""What a judge of MT-Bench answers is asked: single-answer grading of either turn.
+"""Prompts for the judge of MT-Bench answers: single-answer grading of either turn.
 
 The built-in prompts have the structure of the published ones (`single-v1` and its variants: the
 second turn is shown as a whole conversation, and questions with a right answer come with a
@@ -72,7 +72,7 @@ class JudgePrompts:
     def messages(
         self, conversation: Conversation, answers: tuple[str, str], turn: int
     ) -> list[Message]:
-        """What the judge is sent about one turn.
+        """The judge's messages about one turn.
 
         Args:
             conversation: The questions.
