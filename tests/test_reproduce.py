@@ -14,10 +14,10 @@ from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     FILTER_FILE,
     FilteredModel,
     filter_content,
-    load_config,
 )
 from dsg.evaluation.benchmarks.multiple_choice.subjects import expand_sets
 from dsg.io.results import read_results, row, write_results
+from dsg.lm import load_config
 from tests.benchmark_folders import write_muse
 from tests.hub_folders import (
     write_bio_forget,

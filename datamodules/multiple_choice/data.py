@@ -39,10 +39,9 @@ from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, make_qu
 from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     FilteredModel,
     QuestionFilter,
-    load_config,
 )
 from dsg.evaluation.benchmarks.multiple_choice.subjects import expand_sets
-from dsg.lm import length_batches
+from dsg.lm import length_batches, load_config
 from dsg.selection import describe_texts, split_by_hash, texts_digest
 
 _HALVES = (0.5, 0.5)

@@ -23,7 +23,6 @@ from dsg.evaluation import (
     prompt_collate,
     question_collate,
 )
-from dsg.evaluation.benchmarks.multiple_choice.question_filter import load_config
 from dsg.guard import GuardSettings
 from dsg.io import load_pretrained
 from dsg.lm import (
@@ -31,6 +30,7 @@ from dsg.lm import (
     check_vocabulary,
     encode_texts,
     length_batches,
+    load_config,
     pad_sequences,
     padding_id,
     uncounted_token_ids,

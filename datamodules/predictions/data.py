@@ -15,9 +15,15 @@ from datamodules.parts.loading import BatchSize, load_tokenizer
 from datamodules.predictions.texts import read_texts, texts_of_items
 from dsg.errors import UserError
 from dsg.evaluation import PromptBatch, Text
-from dsg.evaluation.benchmarks.multiple_choice.question_filter import load_config
 from dsg.io import dataset_revision, short_name
-from dsg.lm import encode_texts, length_batches, pad_sequences, padding_id, uncounted_token_ids
+from dsg.lm import (
+    encode_texts,
+    length_batches,
+    load_config,
+    pad_sequences,
+    padding_id,
+    uncounted_token_ids,
+)
 from dsg.selection import describe_texts
 
 _GUARD_TEXTS = ("forget_texts", "retain_texts", "calibration_texts", "heldout_texts")

@@ -80,8 +80,8 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     )
     phi = _correlation(int((a * b).sum()), lost, won, n)
 
-    def distance(one: float, other: float) -> float:
-        return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
+    def distance(gap: float, other_gap: float) -> float:
+        return math.sqrt(max(0.0, gap**2 - 2 * phi * gap * other_gap + other_gap**2))
 
     low = difference - distance(after - after_low, before_high - before)
     high = difference + distance(after_high - after, before - before_low)

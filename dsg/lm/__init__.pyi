@@ -27,6 +27,7 @@ from .likelihood import target_mask as target_mask
 from .pretrained import ADAPTER_CONFIG as ADAPTER_CONFIG
 from .pretrained import adapter_base as adapter_base
 from .pretrained import load_causal_lm as load_causal_lm
+from .pretrained import load_config as load_config
 from .pretrained import load_model as load_model
 from .pretrained import load_plain_model as load_plain_model
 from .pretrained import short_name as short_name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.io import first_line, load_pretrained, no_model, note_revision, read_json, short_name
@@ -63,6 +63,23 @@ def adapter_base(folder: Path) -> str:
             f"{base!r}; save the adapter again."
         )
     return base
+
+
+def load_config(model_name: str) -> Any:
+    """A model's Transformers configuration; for an adapter that of the model it belongs to.
+
+    Args:
+        model_name: Hugging Face folder or hub name, perhaps with `@revision`.
+
+    Raises:
+        UserError: There is none, or the hub refuses it.
+    """
+    folder = Path(model_name)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return load_config(adapter_base(folder))
+    config = load_pretrained(AutoConfig.from_pretrained, model_name, " with a config.json")
+    note_revision(config, model_name)
+    return config
 
 
 def load_plain_model(model_name: str) -> PreTrainedModel:

@@ -12,10 +12,10 @@ from dsg.evaluation.benchmarks.multiple_choice.permutations import VARIANTS
 from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     FilteredModel,
     filter_content,
-    load_config,
     write_filter,
 )
 from dsg.evaluation.collate import encode_question
+from dsg.lm import load_config
 from tests.choice_data import choice_rows, save_choice_model, write_rows
 from tests.datamodules.reading import read_by
 

@@ -7,15 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from dsg.errors import UserError
 from dsg.evaluation.benchmarks.multiple_choice.permutations import RULES, Rule, kept_rows
 from dsg.evaluation.benchmarks.multiple_choice.prompts import ChoiceRow, rows_digest
 from dsg.evaluation.items import Protocol
 from dsg.io import (
-    load_pretrained,
-    note_revision,
     noted_revision,
     read_json,
     short_name,
@@ -88,24 +84,6 @@ class FilteredModel:
             if mine[name] != others[name]:
                 return f"{name} is {mine[name]!r} there and {others[name]!r} here"
         return None
-
-
-def load_config(model_name: str) -> Any:
-    """A model's Transformers configuration; for an adapter that of the model it belongs to.
-
-    Args:
-        model_name: Hugging Face folder or hub name, perhaps with `@revision`.
-
-    Raises:
-        UserError: There is none, or the hub refuses it.
-    """
-    adapter = Path(model_name) / "adapter_config.json"
-    if adapter.is_file():
-        content = read_json(adapter)
-        return load_config(content["base_model_name_or_path"])
-    config = load_pretrained(AutoConfig.from_pretrained, model_name, " with a config.json")
-    note_revision(config, model_name)
-    return config
 
 
 def weights_sample(folder: Path) -> str | None:

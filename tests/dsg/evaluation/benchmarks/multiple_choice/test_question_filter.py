@@ -12,10 +12,10 @@ from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     FilteredModel,
     QuestionFilter,
     filter_content,
-    load_config,
     weights_sample,
     write_filter,
 )
+from dsg.lm import load_config
 from tests.choice_data import choice_rows, save_choice_model
 from tests.hub_folders import write_cache
 
