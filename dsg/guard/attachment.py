@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsg.errors import UserError, check_choice
 from dsg.guard.following import Calls, Follower
-from dsg.guard.generation import Methods, guarded_methods
+from dsg.guard.generation import guarded_methods
 from dsg.guard.group import GuardGroup, GuardLike, Policy
 from dsg.guard.wiring import Wiring, hook_removed
 from dsg.lm import check_width, decoder_of, num_embeddings, resolve_hook_point, unwrap
@@ -23,13 +23,7 @@ _guarded_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _attaching = threading.RLock()
 
 
-def attach(
-    guards: Sequence[GuardLike],
-    model: nn.Module,
-    decision: DecisionRule = "sequence",
-    continuation: Continuation = "running",
-    policy: Policy = "own",
-) -> "Attachment":
+class Attachment:
     """Guards a model from now on until the end of the `with` block that it opens.
 
     Without a `with` block the model stays guarded until `detach`. A call that is still running in
@@ -45,7 +39,8 @@ def attach(
 
     Guards of one hook point read the same unedited stream; those of later layers read what earlier
     ones have edited. With gradient checkpointing, call `backward` inside the block and before the
-    next forward pass. Several threads may call the model, also one that is compiled.
+    next forward pass. Several threads may call the model, also one that is compiled; the last
+    forward pass is that of the thread that asks, if it ran one.
 
     Args:
         guards: Guards of one or several hook points, oldest first.
@@ -59,37 +54,22 @@ def attach(
             one gate is open; `majority`: all guards, once more than half of the gates are open.
             Gates of layers that are yet to run have no vote.
 
-    Returns:
-        The attachment, a context manager, which tells the decisions of the last forward pass.
-
     Raises:
         UserError: Before any token, if a guard does not fit the model, the hook point does not
             exist, or the model is already guarded; in a forward pass, if it cannot be guarded; at
-            the end, if somebody else has removed a hook.
-    """
-    attachment = Attachment(guards, model, decision, continuation, policy)
-    attachment._attach()
-    return attachment
-
-
-class Attachment:
-    """Guards at work on one model; made by `attach`, whose arguments it takes.
-
-    What it says about the last forward pass, of the thread that asks if it ran one, raises
-    `UserError` if there was none yet.
+            the end, if somebody else has removed a hook; of a forward pass, if there was none yet.
     """
 
     def __init__(
         self,
         guards: Sequence[GuardLike],
         model: nn.Module,
-        decision: DecisionRule,
-        continuation: Continuation,
-        policy: Policy,
+        decision: DecisionRule = "sequence",
+        continuation: Continuation = "running",
+        policy: Policy = "own",
     ) -> None:
         check_choice("decision", decision, get_args(DecisionRule))
         check_choice("continuation", continuation, get_args(Continuation))
-        check_choice("policy", policy, get_args(Policy))
         if not guards:
             raise UserError("`guards` must be at least one, got none; append a guard first.")
         for guard in guards:
@@ -107,8 +87,13 @@ class Attachment:
             self._group, self._calls, models, decoder, by_prompt=by_prompt, check=self._check
         )
         self._vocabulary = num_embeddings(model)
-        self._methods: Methods = {}
         self._entered = False
+        with _attaching:
+            self._wire()
+            _guarded_models.add(self._inner)
+            self._methods = guarded_methods(self._inner, self._calls, self._wire)
+            # They lie in front of the class's methods until `detach` takes them away.
+            vars(self._inner).update(self._methods)
 
     @property
     def triggered(self) -> Bool[Tensor, " batch"]:
@@ -164,14 +149,6 @@ class Attachment:
                     del vars(self._inner)[name]
             _guarded_models.discard(self._inner)
             self._calls.close()
-
-    def _attach(self) -> None:
-        with _attaching:
-            self._wire()
-            _guarded_models.add(self._inner)
-            self._methods = guarded_methods(self._inner, self._calls, self._wire)
-            # They lie in front of the class's methods until `detach` takes them away.
-            vars(self._inner).update(self._methods)
 
     def _wire(self) -> None:
         if self._inner in _guarded_models:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,10 +58,7 @@ def guarded(
     Args:
         model: The unwrapped causal LM.
         guard: None leaves the model as it is.
-        options: `decision` and `continuation` of `dsg.guard.attachment.attach`.
+        options: `decision` and `continuation` of `dsg.guard.attachment.Attachment`.
     """
-    if guard is None:
-        yield Forward(model, None)
-        return
-    with guard.attached(model, **options) as attachment:
+    with nullcontext() if guard is None else guard.attached(model, **options) as attachment:
         yield Forward(model, attachment)

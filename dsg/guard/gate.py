@@ -138,16 +138,11 @@ class OpenGate(DensityGate):
     """No gate: every sequence with a counted token is triggered (static clamping)."""
 
     kind = "token"
-    # Below every density.
+    # Below every density; there is nothing to calibrate.
     threshold: float = field(default=-1.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """There is nothing to check."""
-
-    def calibrated(self, measure: Measure, threshold_of: ThresholdOf) -> Gate:
-        """The gate as it is: it has no threshold."""
-        del measure, threshold_of
-        return self
 
 
 @dataclass(frozen=True)

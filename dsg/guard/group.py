@@ -71,7 +71,7 @@ class GuardGroup:
     Args:
         guards: Guards, oldest first.
         layers: The hook point of each.
-        policy: Who edits a sequence; see `dsg.guard.attachment.attach`.
+        policy: Who edits a sequence; see `dsg.guard.attachment.Attachment`.
         running: Whether tokens after the prompt extend the evidence.
 
     Raises:

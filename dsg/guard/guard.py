@@ -1,7 +1,6 @@
 """A guard: score, gate and edit at one hook point, for one forget request; and several at once."""
 
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
 from numbers import Integral
 from pathlib import Path
@@ -13,18 +12,18 @@ from torch import Tensor, nn
 
 from dsg.errors import UserError, check_choice
 from dsg.guard.artifact import read_artifact, write_artifact
-from dsg.guard.attachment import Attachment, Continuation, DecisionRule, attach
+from dsg.guard.attachment import Attachment, Continuation, DecisionRule
 from dsg.guard.edit import Edit, Refusal
 from dsg.guard.gate import Evidence, Gate, decide
 from dsg.guard.group import Policy, check_same_sae
 from dsg.guard.steering_csv import read_steering_csv, write_steering_csv
 from dsg.lm import ModelIdentity, TokenBatch, check_width, count_mask, read_activations
-from dsg.sae import DeviceOnlyModule, Features, check_finite, rebuild_features
+from dsg.sae import Features, check_finite, rebuild_features
 
 _SHOWN_IDS = 8
 
 
-class Guard(DeviceOnlyModule):
+class Guard(nn.Module):
     """Writes features in sequences whose gate statistic exceeds a threshold.
 
     Holds no parameters, and its dtypes stay whatever the model is cast to.
@@ -153,9 +152,9 @@ class Guard(DeviceOnlyModule):
         model: nn.Module,
         decision: DecisionRule = "sequence",
         continuation: Continuation = "running",
-    ) -> AbstractContextManager[Attachment]:
-        """Guards the model inside a `with` block; see `dsg.guard.attachment.attach`."""
-        return attach([self], model, decision, continuation)
+    ) -> Attachment:
+        """Guards the model inside a `with` block; see `dsg.guard.attachment.Attachment`."""
+        return Attachment([self], model, decision, continuation)
 
     def save(self, directory: str | Path) -> None:
         """Writes the guard as safetensors and JSON.
@@ -259,9 +258,9 @@ class GuardStack(nn.Module):
         model: nn.Module,
         decision: DecisionRule = "sequence",
         continuation: Continuation = "running",
-    ) -> AbstractContextManager[Attachment]:
-        """Guards the model inside a `with` block; see `dsg.guard.attachment.attach`."""
-        return attach(self.guards, model, decision, continuation, self.policy)
+    ) -> Attachment:
+        """Guards the model inside a `with` block; see `dsg.guard.attachment.Attachment`."""
+        return Attachment(self.guards, model, decision, continuation, self.policy)
 
 
 def _check_kinds(hook_point: Any, uncounted_ids: Any, pad_id: Any, facts: Any) -> None:

@@ -128,11 +128,11 @@ def resolve_hook_point(model: nn.Module, hook_point: str) -> nn.Module:
         raise _not_a_layer(hook_point, "is the embedding", 0)
     if hook_point.startswith("ln_final."):
         raise _not_a_layer(hook_point, "is the final norm", layers - 1)
-    known = [f"blocks.{layer}.hook_resid_post" for layer in range(layers)]
-    near = difflib.get_close_matches(hook_point, [*known, *filter(None, paths)], n=4, cutoff=0.4)
+    outputs = [f"blocks.{layer}.hook_resid_post" for layer in range(layers)]
+    near = difflib.get_close_matches(hook_point, [*outputs, *filter(None, paths)], n=4, cutoff=0.4)
     raise UserError(
         f"`hook_point` must name a module of {type(inner).__name__}, got {hook_point!r}; "
-        f"near names are {', '.join(near or known[:4])}."
+        f"near names are {', '.join(near or outputs[:4])}."
     )
 
 

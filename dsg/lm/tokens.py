@@ -208,7 +208,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, model_name: str) -> None:
         model_name: Of both, for the message.
 
     Raises:
-        UserError: It is one.
+        UserError: The tokenizer writes such an id.
     """
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
     used = [*added, *_role_ids(tokenizer, (*_UNCOUNTED_ROLES, "unk"))]

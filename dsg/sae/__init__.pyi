@@ -1,4 +1,3 @@
-from .features import DeviceOnlyModule as DeviceOnlyModule
 from .features import Features as Features
 from .features import check_feature_ids as check_feature_ids
 from .features import check_finite as check_finite

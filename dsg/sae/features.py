@@ -20,22 +20,11 @@ COMPETING = ("topk", "matching_pursuit")
 _PLACE_AND_ORIGIN = ("device", "metadata")
 
 
-class DeviceOnlyModule(nn.Module):
-    """A module of buffers that moves between devices but keeps its dtypes.
-
-    `model.to(torch.bfloat16)` and Lightning's `bf16-true` cast every submodule; a gate's decision
-    must not follow the model's precision.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeviceOnlyModule":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor.new_empty(0)).device)
-
-        return super()._apply(move, recurse)
-
-
-class Features(DeviceOnlyModule, ABC):
+class Features(nn.Module, ABC):
     """`k` features of one SAE, as buffers: their activations and their decoder rows.
+
+    They move between devices but keep their dtypes: `model.to(torch.bfloat16)` and Lightning's
+    `bf16-true` cast every submodule, and a gate's decision must not follow the model's precision.
 
     Args:
         feature_ids: Ids in the SAE, unique and at least 0.
@@ -62,6 +51,9 @@ class Features(DeviceOnlyModule, ABC):
         self._add("feature_ids", feature_ids, (W_dec.shape[0],))
         self._add("W_dec", W_dec, tuple(W_dec.shape))
         check_feature_ids(feature_ids.tolist())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Features":
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
 
     @property
     def num_features(self) -> int:

@@ -158,15 +158,7 @@ def load_sae(release_or_path: str, sae_id: str | None = None, device: str = "cpu
 
 
 def check_sae_name(release_or_path: str, sae_id: str | None) -> None:
-    """Refuses a name that can lead to no SAE, without looking it up.
-
-    Args:
-        release_or_path: As for `load_sae`.
-        sae_id: As for `load_sae`.
-
-    Raises:
-        UserError: It is one.
-    """
+    """Refuses a name, as `load_sae` takes it, that can lead to no SAE, without looking it up."""
     folder = Path(release_or_path)
     if sae_id is None and not folder.is_dir():
         raise UserError(
@@ -199,8 +191,8 @@ def _pinned_folder(release: str, sae_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    known = get_pretrained_saes_directory().get(release)
-    path = known.saes_map.get(sae_id, sae_id) if known else sae_id
+    listed = get_pretrained_saes_directory().get(release)
+    path = listed.saes_map.get(sae_id, sae_id) if listed else sae_id
     root = snapshot_download(_repository(release), revision=revision, allow_patterns=[f"{path}/*"])
     return Path(root) / path
 
@@ -209,8 +201,8 @@ def _repository(release: str) -> str:
     """The hub repository of a release of SAELens's list; others are repositories themselves."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    known = get_pretrained_saes_directory().get(release)
-    return known.repo_id if known else release
+    listed = get_pretrained_saes_directory().get(release)
+    return listed.repo_id if listed else release
 
 
 def _load_gemma_scope(path: Path, device: str) -> "SAE[Any]":

@@ -175,14 +175,13 @@ def test_calibration_sets_the_threshold_and_the_leak_that_retain_text_gives():
 
     found = [
         gate.calibrated(measure, torch.Tensor.item)
-        for gate in (DENSITY, WindowGate(1.0, 4), CusumGate(9.0, 0.7), OpenGate())
+        for gate in (DENSITY, WindowGate(1.0, 4), CusumGate(9.0, 0.7))
     ]
     tenths = [torch.tensor(number / 10).item() for number in range(5)]
     assert found == [
         DensityGate(tenths[1]),
         WindowGate(tenths[2], 4),
         CusumGate(tenths[4], leak=tenths[3]),
-        OpenGate(),
     ]
     # The leak is a threshold of the density; with it the sum is measured.
     assert isinstance(measured[2], DensityGate)
