@@ -1,20 +1,28 @@
-"""Guards at work on a model."""
+"""Guards at work on a model: their hooks are put in place, watched, and taken away."""
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from dsg.errors import UserError, check_choice
 from dsg.guard.following import Calls, Follower
 from dsg.guard.generation import guarded_methods
 from dsg.guard.group import GuardGroup, GuardLike, Policy
-from dsg.guard.wiring import Wiring, hook_removed
-from dsg.lm import check_width, decoder_of, num_embeddings, resolve_hook_point, unwrap
+from dsg.lm import (
+    check_width,
+    decoder_of,
+    num_embeddings,
+    recompile,
+    resolve_hook_point,
+    unwrap,
+)
 
 DecisionRule = Literal["sequence", "prompt"]
 Continuation = Literal["running", "frozen"]
@@ -137,7 +145,7 @@ class Attachment:
         intact = self._wiring.intact()
         self.detach()
         if not intact and kind is None:
-            raise hook_removed()
+            raise _hook_removed()
 
     def detach(self) -> None:
         """Takes the guard off the model; calls that are still running keep it until they return."""
@@ -174,3 +182,90 @@ class Attachment:
                 f"{hook_point!r}; use one of its layers."
             )
         return layer
+
+
+class Wiring:
+    """Hooks on a model and on the modules inside it that a guard must see.
+
+    Args:
+        models: The model as it was given, and the Hugging Face model inside it.
+        decoder: Its stack of decoder layers.
+        layers: The guarded layers.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], decoder: nn.Module, layers: Sequence[nn.Module]
+    ) -> None:
+        self._models = list(dict.fromkeys(models))
+        self._decoder, self._layers = decoder, list(layers)
+        self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def put(self, hooks: Follower) -> None:
+        """Puts the hooks in place."""
+        for module in self._models:
+            self._handles += [
+                module.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
+                module.register_forward_hook(hooks.after_model, always_call=True),
+            ]
+        decoder, after = self._decoder, hooks.after_layer
+        self._handles += [
+            decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(hooks.after_decoder, with_kwargs=True, always_call=True),
+            # First of all hooks, so that `output_hidden_states` always records the edited stream.
+            *(layer.register_forward_hook(after, prepend=True) for layer in self._layers),
+        ]
+        watch = register_module_module_registration_hook(self._refuse_another_decoder)
+        self._undo = [watch.remove, recompile((self._decoder, *self._layers))]
+
+    def remove(self) -> None:
+        """Takes away whatever is still in place."""
+        for undo in (*(handle.remove for handle in self._handles), *self._undo):
+            undo()
+        self._handles, self._undo = [], []
+
+    def check(self) -> None:
+        """Refuses a model on which the hooks can see nothing.
+
+        Raises:
+            UserError: If a hook was removed, or the decoder replaced.
+        """
+        if not self.intact():
+            raise _hook_removed()
+        decoder = self._models[-1].get_decoder()  # type: ignore[operator]
+        if decoder is not self._decoder and not _contains(decoder, self._decoder):
+            raise _decoder_replaced(decoder)
+
+    def intact(self) -> bool:
+        """Whether every hook is still where it was put."""
+        hooks = [(handle.id, handle.hooks_dict_ref()) for handle in self._handles]
+        return all(registered is not None and id in registered for id, registered in hooks)
+
+    def _refuse_another_decoder(
+        self, parent: nn.Module, name: str, child: nn.Module | None
+    ) -> None:
+        present = parent._modules.get(name)
+        if (
+            _contains(present, self._decoder)
+            and not _contains(child, self._decoder)
+            and _contains(self._models[-1], parent)
+        ):
+            raise _decoder_replaced(child)
+
+
+def _hook_removed() -> UserError:
+    return UserError(
+        "a guard's hooks must stay in place while it is attached, but one was removed, so the "
+        "model may have run unguarded; leave the `with` block instead of removing hooks."
+    )
+
+
+def _contains(module: nn.Module | None, part: nn.Module) -> bool:
+    return module is not None and any(part is inner for inner in module.modules())
+
+
+def _decoder_replaced(other: nn.Module | None) -> UserError:
+    return UserError(
+        "the model's decoder must stay the one that the guard was attached to, got another "
+        f"{type(other).__name__}; leave the `with` block, replace it, and attach the guard again."
+    )

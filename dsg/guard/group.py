@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,7 +18,7 @@ Policy = Literal["own", "any", "majority"]
 
 
 class GuardLike(Protocol):
-    """What a model at work asks of a guard; see `dsg.guard.guard.Guard`."""
+    """A guard as its hooks and its files see it; see `dsg.guard.guard.Guard`."""
 
     features: Features
     gate: Gate
@@ -27,6 +27,7 @@ class GuardLike(Protocol):
     uncounted_ids: list[int]
     pad_id: int | None
     model: ModelIdentity | None
+    facts: dict[str, Any]
 
     @property
     def num_selected(self) -> int:

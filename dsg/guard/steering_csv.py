@@ -18,7 +18,7 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -48,23 +48,7 @@ _HARNESS_NAMES = {
 _HARNESS_LAYER = re.compile(r"(?:layers|h)\.(\d+)")
 
 
-class Named(GuardLike, Protocol):
-    """A guard of which features and SAE are known by name."""
-
-    facts: dict[str, Any]
-
-    @property
-    def feature_ids(self) -> list[int]:
-        """Ids of the selected features."""
-        ...
-
-    @property
-    def refusal_id(self) -> int | None:
-        """Id of the feature that the edit `refusal` writes."""
-        ...
-
-
-def write_steering_csv(guard: Named, path: str | Path, drop_gate: bool = False) -> Path:
+def write_steering_csv(guard: GuardLike, path: str | Path, drop_gate: bool = False) -> Path:
     """Writes the guard in the columns of "Don't Forget It!", in one atomic step.
 
     One row per selected feature, in activation units. An SAE that came from a folder has the folder
@@ -107,14 +91,15 @@ def write_steering_csv(guard: Named, path: str | Path, drop_gate: bool = False) 
     descriptions = guard.facts.get("steering_csv", {}).get("descriptions", {})
     dropped = "" if isinstance(gate, OpenGate) else f"{gate.kind} gate left out"
     refusal = isinstance(edit, Refusal)
-    limit = [guard.refusal_id, _text(edit.trigger_limit)] if refusal else []
+    ids = guard.features.feature_ids.tolist()
+    limit = [ids[-1], _text(edit.trigger_limit)] if refusal else []
     value = _text(edit.written_value)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = (*(_REFUSAL_COLUMNS if refusal else ()), *_SHARED_COLUMNS)
     writer.writerow(("latent_idx", "hook_action", *columns))
     action = "clamp_refusal" if refusal else "clamp"
-    for feature_id in guard.feature_ids:
+    for feature_id in ids[: guard.num_selected]:
         description = "; ".join(filter(None, (descriptions.get(str(feature_id)), dropped)))
         writer.writerow((feature_id, action, *limit, value, sae_id, release, description))
     return write_atomically(Path(path), file.getvalue())
@@ -229,7 +214,7 @@ def _load(table: Table, release: str, sae_id: str) -> "SAE[Any]":
     return load_sae(release, sae_id or None)
 
 
-def _sae_name(guard: Named) -> tuple[str, str]:
+def _sae_name(guard: GuardLike) -> tuple[str, str]:
     """Release and id of the guard's SAE; the id is empty for a folder."""
     facts = guard.facts
     name = facts.get("steering_csv", {}).get("sae") or facts.get("sae", {}).get("loaded_from")

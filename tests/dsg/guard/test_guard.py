@@ -1,4 +1,5 @@
 import inspect
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -7,11 +8,12 @@ from hypothesis import strategies as st
 
 from dsg.errors import UserError
 from dsg.guard.edit import Clamp, Refusal
-from dsg.guard.gate import CusumGate, DensityGate, OpenGate, WindowGate
+from dsg.guard.gate import CusumGate, DensityGate, Gate, OpenGate, WindowGate
 from dsg.guard.guard import Guard
-from dsg.lm.tokens import pad_sequences
+from dsg.lm.hooks import read_activations
+from dsg.lm.tokens import TokenBatch, pad_sequences
 from tests.guard_reference import UNCOUNTED, make_guard, reference
-from tests.helpers import SAE_BUILDERS, random_ids, standard_sae, tiny_model
+from tests.helpers import HOOK_POINT, SAE_BUILDERS, random_ids, standard_sae, tiny_model
 
 MODEL, SAE = tiny_model(), standard_sae()
 # Eager attention takes its softmax in float32, where a float64 mask overflows.
@@ -181,6 +183,41 @@ def test_float32_logits_do_not_depend_on_the_batch(sequences, side):
             alone = MODEL(torch.tensor([ids])).logits[0]
             real = batch.attention_mask[row].bool()
             torch.testing.assert_close(together[row][real], alone, atol=1e-5, rtol=0)
+
+
+@dataclass(frozen=True)
+class WeightedGate(Gate):
+    """A gate of one's own, which tells the features apart: the sum of the active ones' weights."""
+
+    kind = "weighted"
+    weights: tuple[int, ...]
+
+    def start(self, batch, device):
+        return (torch.zeros(batch, dtype=torch.long, device=device),)
+
+    def follow(self, active, counted, state):
+        del counted
+        sums = state[0][:, None] + (active * torch.tensor(self.weights)).sum(-1).cumsum(1)
+        return sums.double() / 100, (sums[:, -1],)
+
+
+def test_a_gate_of_ones_own_is_one_class():
+    guard = make_guard(SAES64["standard", "none"], gate=WeightedGate(0.05, (5, -1, 2)))
+    ids = random_ids(4, 8)
+    ids[:, 3] = UNCOUNTED[0]
+    with guard.attached(MODEL64, "prompt") as attachment, torch.no_grad():
+        cache = MODEL64(ids[:, :4], attention_mask=torch.ones(4, 4)).past_key_values
+        for t in range(4, 8):
+            MODEL64(ids[:, t : t + 1], past_key_values=cache)
+    everything = torch.ones_like(ids)
+    h = read_activations(MODEL64, HOOK_POINT, TokenBatch(ids, everything, everything.bool()))
+    expected = []
+    for row in (guard.features.encode(h) > 0).tolist():
+        fired = [flags for t, flags in enumerate(row) if t != 3]
+        expected.append(sum(5 * a - b + 2 * c for a, b, c in fired) / 100)
+    assert attachment.statistic.tolist() == expected
+    assert len(set(expected)) > 1
+    assert guard.statistic(MODEL64, ids, everything).tolist() == expected
 
 
 def test_a_guard_reads_as_its_parts():
