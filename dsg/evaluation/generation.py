@@ -197,19 +197,18 @@ def mean_rouge(values: Float[Tensor, " n"]) -> Estimate:
     return mean_over_runs("rouge_l", values.tolist())
 
 
-def is_measurable(
-    memorised: Float[Tensor, " n"], unseen: Float[Tensor, " m"], factor: float = 2.0
-) -> bool:
+def is_measurable(memorised: Float[Tensor, " n"], unseen: Float[Tensor, " m"]) -> bool:
     """Whether memorised texts are continued well enough that forgetting them could be seen.
+
+    Their mean must be twice that of the unseen ones; a model that says nothing of either is not
+    measurable.
 
     Args:
         memorised: ROUGE-L of texts that the model was trained on.
         unseen: ROUGE-L of texts of the same kind that it never saw.
-        factor: How many times the mean of the unseen ones it takes; a model that says nothing of
-            either is not measurable.
     """
     reached = memorised.mean().item()
-    return reached > 0 and reached >= factor * unseen.mean().item()
+    return reached > 0 and reached >= 2 * unseen.mean().item()
 
 
 def _mean_losses(

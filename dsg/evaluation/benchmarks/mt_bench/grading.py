@@ -92,7 +92,7 @@ class Grader:
         by_key, failures = grade(
             self._judge,
             [request for asked in requests.values() for request in asked],
-            Judgements(folder / JUDGEMENTS_FILE),
+            folder / JUDGEMENTS_FILE,
             self._settings.max_attempts,
         )
         shape = (len(conversations), NUM_TURNS, self._settings.repeats)
@@ -153,32 +153,6 @@ class Request:
     about: Mapping[str, Any]
 
 
-class Judgements:
-    """Ratings on disk, one JSON object per line; of a judgement that failed the reason.
-
-    Args:
-        path: The file; it need not exist.
-
-    Attributes:
-        ratings: Ratings by the requests' keys. Judgements that failed are not among them, so that
-            they are asked for again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.ratings: dict[str, float] = {
-            judged["request"]: float(judged["rating"])
-            for judged in read_lines(path)
-            if judged["rating"] is not None
-        }
-
-    def append(self, request: Request, judged: "Judged") -> None:
-        """Keep a judgement; it survives whatever happens afterwards."""
-        append_line(self._path, {**request.about, **vars(judged), "request": request.key})
-        if judged.rating is not None:
-            self.ratings[request.key] = judged.rating
-
-
 @dataclass(frozen=True)
 class Judged:
     """What came of a request.
@@ -197,14 +171,15 @@ class Judged:
 
 
 def grade(
-    judge: Judge, requests: Sequence[Request], judgements: Judgements, max_attempts: int
+    judge: Judge, requests: Sequence[Request], path: Path, max_attempts: int
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Make all judgements that are not on disk yet.
 
     Args:
         judge: Who is asked.
         requests: What is asked; requests with the same key are made once.
-        judgements: What is known, and where the rest goes.
+        path: JSONL file of judgements, which need not exist; those that failed are in it with the
+            reason, and are asked for again.
         max_attempts: How often a judgement without a rating is asked for, in all. From the second
             time on the judge sees its reply and is reminded of the form.
 
@@ -212,7 +187,12 @@ def grade(
         The ratings by the requests' keys; and why the others have none, by theirs.
     """
     wanted = {request.key: request for request in requests}
-    missing = {key: r for key, r in wanted.items() if key not in judgements.ratings}
+    ratings = {
+        line["request"]: float(line["rating"])
+        for line in read_lines(path)
+        if isinstance(line, dict) and line.keys() >= {"request", "rating"} and line["rating"]
+    }
+    missing = {key: r for key, r in wanted.items() if key not in ratings}
     failures: dict[str, str] = {}
     patience = _Patience()
     logger.info("Of %d judgements %d are asked for.", len(wanted), len(missing))
@@ -225,16 +205,18 @@ def grade(
             for future in as_completed(futures):
                 request, judged = futures[future], future.result()
                 if judged.asked:
-                    judgements.append(request, judged)
-                if judged.error is not None:
-                    failures[request.key] = judged.error
+                    append_line(path, {**request.about, **vars(judged), "request": request.key})
+                if judged.rating is None:
+                    failures[request.key] = judged.error or _NO_RATING
+                else:
+                    ratings[request.key] = judged.rating
         except BaseException:
             # Ctrl-C must not wait for hundreds of requests; those under way end by themselves.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     for reason, count in sorted(Counter(failures.values()).items()):
         logger.warning("%d judgements failed: %s.", count, reason)
-    return {key: judgements.ratings[key] for key in wanted.keys() - failures.keys()}, failures
+    return {key: ratings[key] for key in wanted.keys() - failures.keys()}, failures
 
 
 def judge_one(judge: Judge, request: Request, max_attempts: int) -> Judged:
