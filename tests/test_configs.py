@@ -1,20 +1,29 @@
 """Every YAML under `configs/` is parsed and instantiated through the command line's own parser."""
 
+import itertools
 import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dsg.cli.configs import value_at
+from dsg.cli.configs import merged, read_config, value_at
 from dsg.cli.lightning_cli import RunCLI, run_name
+from tests.reproductions import RUNS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 PARTS = [name for name in ALL if name.startswith("parts/")]
-# A grid is no configuration of its own; its tests check the ones that it is made of.
-RUNNABLE = [name for name in ALL if not name.startswith(("parts/", "grids/"))]
+# A grid is no configuration of its own; its tests check the ones that it is made of. Rows of the
+# papers take several files.
+SINGLE = [name for name in ALL if not name.startswith(("parts/", "grids/", "reproduce/"))]
+RUNNABLE = [
+    *SINGLE,
+    *(" ".join(path.relative_to(CONFIGS).as_posix() for path in paths) for paths in RUNS.values()),
+]
+DSG = " ".join(path.relative_to(CONFIGS).as_posix() for path in RUNS["dsg_wmdp_bio"])
 
 NUM_RUNNABLE = 68
 # Part -> a runnable configuration that it is meant for.
@@ -23,7 +32,7 @@ PARTS_IN_USE = {
     "parts/maintenance.yaml": "attack/relearn_full.yaml",
     "parts/question_text.yaml": "attack/relearn_lora.yaml",
     "parts/related_text.yaml": "attack/relearn_lora.yaml",
-    "parts/stand_in.yaml": "reproduce/table_1_dsg.yaml",
+    "parts/stand_in.yaml": DSG,
     "parts/step_checkpoints.yaml": "attack/relearn_lora.yaml",
     "parts/train_time.yaml": "attack/relearn_lora.yaml",
     "parts/unlearn_lora.yaml": "unlearn/npo.yaml",
@@ -56,8 +65,8 @@ def test_all_configurations_are_found():
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_runnable_configuration_is_instantiated(name):
-    given = yaml.safe_load((CONFIGS / name).read_text())
-    cli = instantiate(name)
+    given = merged(read_config(CONFIGS / part) for part in name.split())
+    cli = instantiate(*name.split())
     assert type(cli.model).__module__.startswith("lightning_modules.")
     assert type(cli.datamodule).__module__.startswith("datamodules.")
     assert given["model"]["class_path"].endswith(type(cli.model).__name__)
@@ -67,22 +76,40 @@ def test_runnable_configuration_is_instantiated(name):
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_configuration_begins_with_the_command_that_runs_it(name):
-    first_line = (CONFIGS / name).read_text().splitlines()[0]
-    words = first_line.removeprefix("# ").split()
+    first, *others = name.split()
+    words = first_comment(first)[0].split()
     assert words[0] == "dsg"
     assert words[1] in ("fit", "validate", "test", "predict")
-    assert words[2:4] == ["-c", f"configs/{name}"]
+    assert words[2:4] == ["-c", f"configs/{first}"]
+    if others:  # the first of several data sets, perhaps
+        assert words[4] == "-c"
+        assert (CONFIGS.parent / words[5]).is_file()
+
+
+def first_comment(name: str) -> list[str]:
+    """The lines of the comment with which a file begins."""
+    lines = (CONFIGS / name).read_text().splitlines()
+    return [
+        line.removeprefix("# ") for line in itertools.takewhile(lambda s: s.startswith("#"), lines)
+    ]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_first_comment_says_what_the_file_shows_and_how_long_it_takes(name):
+    lines = [line for line in first_comment(name) if not line.startswith("dsg ")]
+    assert len(lines) >= 2
+    assert re.search(r"\b(seconds?|minutes?|hours?|time|takes)\b", lines[-1]), lines[-1]
 
 
 @pytest.mark.parametrize(("part", "runnable"), PARTS_IN_USE.items())
 def test_part_changes_the_configuration_it_is_meant_for(part, runnable):
-    plain, merged = instantiate(runnable), instantiate(runnable, part)
-    assert merged.config.as_dict() != plain.config.as_dict()
-    assert type(merged.model) is type(plain.model)
+    plain, changed = instantiate(*runnable.split()), instantiate(*runnable.split(), part)
+    assert changed.config.as_dict() != plain.config.as_dict()
+    assert type(changed.model) is type(plain.model)
 
 
 def test_runs_have_names_of_their_own():
-    names = [run_name(CONFIGS / name) for name in RUNNABLE]
+    names = [run_name(*(CONFIGS / part for part in name.split())) for name in RUNNABLE]
     assert len(set(names)) == len(names)
 
 

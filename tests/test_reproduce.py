@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import yaml
 
 from datamodules.multiple_choice.rows import read_sets
+from dsg.cli.configs import merged, read_config
+from dsg.cli.lightning_cli import run_name
 from dsg.cli.main import main
 from dsg.evaluation.benchmarks.multiple_choice.permutations import VARIANTS
 from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
@@ -28,10 +30,9 @@ from tests.hub_folders import (
     write_wikitext,
     write_wmdp,
 )
+from tests.reproductions import FOLDER, RUNS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = sorted(path.stem for path in (CONFIGS / "reproduce").glob("*.yaml"))
-STAND_IN = CONFIGS / "parts" / "stand_in.yaml"
+STAND_IN = FOLDER.parent / "parts" / "stand_in.yaml"
 NUM_MUSE = 5
 MODELS = (
     "google/gemma-2-2b",
@@ -43,12 +44,12 @@ QUICK = ("--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
 
 
 def config(name: str) -> dict:
-    return yaml.safe_load((CONFIGS / "reproduce" / f"{name}.yaml").read_text())
+    return merged(map(read_config, RUNS[name]))
 
 
 def chosen(module: str, data: str) -> list[str]:
     """The configurations that run this kind of module on this kind of data."""
-    names = {name: (config(name)["model"], config(name)["data"]) for name in NAMES}
+    names = {name: (config(name)["model"], config(name)["data"]) for name in RUNS}
     return [
         name
         for name, (model, source) in names.items()
@@ -111,35 +112,43 @@ def question_filter(here):
     return content
 
 
-def run(command: str, name: str, *options: str) -> list[dict]:
-    path = CONFIGS / "reproduce" / f"{name}.yaml"
-    run_dir = f"runs/reproduce_{name}"
+def run(command: str, name: str, *options: str, parts: Sequence[Path] = ()) -> list[dict]:
+    paths = [word for path in (*RUNS[name], *parts) for word in ("-c", str(path))]
     arguments = (*options, "--trainer.accelerator", "cpu", *QUICK, "--overwrite")
-    assert main([command, "-c", str(path), *arguments]) == 0
-    return read_results(run_dir)
+    assert main([command, *paths, *arguments]) == 0
+    return read_results(folder(name, *parts))
+
+
+def folder(name: str, *parts: Path) -> Path:
+    return Path("runs", run_name(*RUNS[name], *parts))
+
+
+def test_every_file_is_run():
+    used = {path for paths in RUNS.values() for path in paths}
+    assert used == set(FOLDER.rglob("*.yaml"))
 
 
 def test_the_rows_of_the_tables_are_there():
     def wmdp(*methods: str) -> set[str]:
-        return {f"table_{table}_{method}" for table in (1, 10) for method in methods}
+        return {f"{method}_wmdp_{data}" for data in ("bio", "cyber") for method in methods}
 
     assert wmdp("dsg", "farrell") <= set(ASKED)
     assert wmdp("ga", "npo", "rmu", "scrub", "ssd") == set(UNLEARNED)
-    assert set(GUARDED_MUSE) == {"table_2_books_dsg", "table_2_news_dsg"}
+    assert set(GUARDED_MUSE) == {"dsg_muse_books", "dsg_muse_news"}
     baselines = ("ga", "grad_diff", "npo", "rmu", "simnpo")
-    assert set(UNLEARNED_MUSE) == {f"table_2_{method}" for method in baselines}
-    assert set(ATTACKED) == {"relearn_wmdp_full", "relearn_wmdp_rmu"}
+    assert set(UNLEARNED_MUSE) == {f"muse_{method}_muse_news" for method in baselines}
+    assert set(ATTACKED) == {"relearn_full_wmdp_bio", "relearn_rmu_wmdp_bio"}
     parts = (ASKED, GUARDED_MUSE, UNLEARNED, UNLEARNED_MUSE, ATTACKED)
-    assert sorted(name for part in parts for name in part) == NAMES
+    assert sorted(name for part in parts for name in part) == sorted(RUNS)
 
 
 @pytest.mark.usefixtures("question_filter")
 @pytest.mark.parametrize("name", ASKED)
 def test_questions(name):
-    rows = run("test", name, "-c", str(STAND_IN))
+    rows = run("test", name, parts=[STAND_IN])
     given = config(name)
     [forget] = given["data"]["init_args"]["forget"]
-    facts = json.loads(Path(f"runs/reproduce_{name}/run.json").read_text())
+    facts = json.loads((folder(name, STAND_IN) / "run.json").read_text())
     assert {row["guard"] for row in rows} == {"on", "off"}
     assert {row["experiment"] for row in rows} == {given["model"]["init_args"]["experiment"]}
     values = {
@@ -166,7 +175,7 @@ def test_questions(name):
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", GUARDED_MUSE)
 def test_muse(name):
-    rows = run("test", name, "-c", str(STAND_IN))
+    rows = run("test", name, parts=[STAND_IN])
     values = {(row["guard"], row["domain"], row["metric"]): row["value"] for row in rows}
     for guard in ("off", "on"):
         for domain, metric in (
@@ -178,44 +187,45 @@ def test_muse(name):
             assert values[guard, domain, metric] is not None
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", UNLEARNED_MUSE)
-def test_unlearning_muse(name, here):
+def test_unlearning_muse(name):
     rows = run("fit", name, "--trainer.max_epochs", "1")
     assert {row["epoch"] for row in rows} == {0, 1}
     assert {row["metric"] for row in rows} >= {"verbmem", "knowmem", "privleak"}
-    assert (here / f"runs/reproduce_{name}/model/config.json").is_file()
+    assert (folder(name) / "model/config.json").is_file()
 
 
 @pytest.mark.usefixtures("question_filter")
 @pytest.mark.parametrize("name", UNLEARNED)
-def test_unlearning_on_questions(name, here):
+def test_unlearning_on_questions(name):
     given = config(name)
     rows = run("fit", name, "--trainer.limit_train_batches", "2")
     probabilities = measured(rows, "none", given["data"]["init_args"]["forget"])
     assert set(probabilities) == {0.0, 1.0}
     assert probabilities[0.0] != probabilities[1.0]
     assert {row["split"] for row in rows} == {"test"}
-    facts = json.loads((here / f"runs/reproduce_{name}/run.json").read_text())
+    facts = json.loads((folder(name) / "run.json").read_text())
     assert facts["data"]["training"]["forget"] == {
         key: facts["data"]["corpora"]["forget"][0][key] for key in ("n", "sha256")
     }
-    assert (here / f"runs/reproduce_{name}/model/config.json").is_file()
+    assert (folder(name) / "model/config.json").is_file()
 
 
 @pytest.mark.usefixtures("question_filter")
 @pytest.mark.parametrize("name", ATTACKED)
-def test_relearning(name, here):
-    if name == "relearn_wmdp_rmu" and not (here / "runs/reproduce_table_1_rmu/model").is_dir():
-        run("fit", "table_1_rmu", "--trainer.limit_train_batches", "2")
+def test_relearning(name):
+    if name == "relearn_rmu_wmdp_bio" and not (folder("rmu_wmdp_bio") / "model").is_dir():
+        run("fit", "rmu_wmdp_bio", "--trainer.limit_train_batches", "2")
     guarded = "guard" in config(name)["model"]["init_args"]
-    stand_in = ("-c", str(STAND_IN)) if guarded else ()
-    rows = run("fit", name, *stand_in, "--trainer.max_epochs", "2")
+    parts = [STAND_IN] if guarded else []
+    rows = run("fit", name, "--trainer.max_epochs", "2", parts=parts)
     assert {row["attack"] for row in rows} == {"relearn_full_questions"}
     for guard in ("off", "on") if guarded else ("none",):
         forget = measured(rows, guard, ["wmdp-bio"])
         assert set(forget) == {0.0, 1.0, 2.0}
         assert len(set(forget.values())) == 3
-    facts = json.loads((here / f"runs/reproduce_{name}/run.json").read_text())
+    facts = json.loads((folder(name, *parts) / "run.json").read_text())
     # All questions, also the one that the filter left out.
     assert facts["data"]["training"]["questions"]["n"] == 12
 

@@ -38,7 +38,7 @@ def read_sets(
     Raises:
         UserError: Something cannot be read, a question is malformed, or a set comes twice.
     """
-    found: dict[str, list[ChoiceRow]] = {}
+    sets: dict[str, list[ChoiceRow]] = {}
     subjects = [name for name in names if name in MMLU_SUBJECTS]
     whole = _whole_mmlu(mmlu) if set(subjects) == set(MMLU_SUBJECTS) else {}
     for name in names:
@@ -52,13 +52,13 @@ def read_sets(
             rows = parse_rows(load_rows(mmlu, name, "test"), name)
             parts = {name: [replace(row, subject=name) for row in rows]}
         for subject, rows in parts.items():
-            if subject in found:
+            if subject in sets:
                 raise UserError(
                     f"every set must have a name of its own, got {subject!r} again from {name!r}; "
                     "rename the file or its subject."
                 )
-            found[subject] = usable_rows(subject, rows)
-    return found
+            sets[subject] = usable_rows(subject, rows)
+    return sets
 
 
 def set_revisions(names: Collection[str], wmdp: str, mmlu: str) -> dict[str, str | None]:
@@ -69,12 +69,12 @@ def set_revisions(names: Collection[str], wmdp: str, mmlu: str) -> dict[str, str
         wmdp: Hub name or folder of WMDP.
         mmlu: Hub name or folder of MMLU.
     """
-    found = {}
+    revisions = {}
     for source, members in ((wmdp, WMDP_TOPICS), (mmlu, MMLU_SUBJECTS)):
         used = [name for name in names if name in members]
         if used:
-            found[short_name(source)] = dataset_revision(source, used[0])
-    return found
+            revisions[short_name(source)] = dataset_revision(source, used[0])
+    return revisions
 
 
 def parse_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[ChoiceRow]:
@@ -161,18 +161,18 @@ def _shown(value: Any) -> str:
 
 def _whole_mmlu(mmlu: str) -> dict[str, list[ChoiceRow]]:
     """All subjects at once: 57 data sets would be asked for one by one."""
-    found = _by_subject(parse_rows(load_rows(mmlu, "all", "test"), "all"))
-    missing = sorted(set(MMLU_SUBJECTS) - set(found))
+    by_subject = _by_subject(parse_rows(load_rows(mmlu, "all", "test"), "all"))
+    missing = sorted(set(MMLU_SUBJECTS) - set(by_subject))
     if missing:
         raise UserError(
             f"the configuration 'all' of {mmlu!r} must hold every subject of MMLU, but "
             f"{len(missing)} are missing, such as {missing[0]!r}; name the subjects that it has."
         )
-    return found
+    return by_subject
 
 
 def _by_subject(rows: Iterable[ChoiceRow]) -> dict[str, list[ChoiceRow]]:
-    found: dict[str, list[ChoiceRow]] = {}
+    by_subject: dict[str, list[ChoiceRow]] = {}
     for row in rows:
-        found.setdefault(row.subject, []).append(row)
-    return found
+        by_subject.setdefault(row.subject, []).append(row)
+    return by_subject

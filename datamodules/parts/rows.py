@@ -51,11 +51,11 @@ def half(rows: Sequence[Any], texts: Sequence[str], items: Items, split: str) ->
 def numbered(keys: Iterable[str]) -> list[str]:
     """The keys, a repeated one with its number behind it."""
     seen: dict[str, int] = {}
-    found = []
+    unique = []
     for key in keys:
         seen[key] = seen.get(key, 0) + 1
-        found.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
-    return found
+        unique.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
+    return unique
 
 
 def retain_parts(retain: Iterable[str], taken: Iterable[str]) -> list[list[str]]:
@@ -65,7 +65,8 @@ def retain_parts(retain: Iterable[str], taken: Iterable[str]) -> list[list[str]]
         retain: Texts; what is also in `taken`, whatever its case and spacing, is left out.
         taken: Texts with another purpose.
     """
-    known = {normalised(text) for text in taken}
+    excluded = {normalised(text) for text in taken}
     return split_by_hash(
-        [text for text in dict.fromkeys(retain) if normalised(text) not in known], RETAIN_FRACTIONS
+        [text for text in dict.fromkeys(retain) if normalised(text) not in excluded],
+        RETAIN_FRACTIONS,
     )

@@ -35,10 +35,10 @@ def read_texts(
     path = Path(source)
     if path.suffix.lower() == ".txt" or (path.is_file() and path.suffix.lower() not in ROW_FILES):
         paragraphs = re.split(r"\n\s*\n", read_plain_text(path).replace("\r\n", "\n"))
-        found = [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
-        if not found:
+        stripped = [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+        if not stripped:
             raise UserError(f"The file {source!r} is empty; give one with text.")
-        return [Text(number, str(number), text) for number, text in enumerate(found)]
+        return [Text(number, str(number), text) for number, text in enumerate(stripped)]
     rows = load_rows(source, config, split)
     with_id = [row for row in rows if row.get("id") is not None]
     if with_id and len(with_id) < len(rows):
@@ -78,18 +78,18 @@ def texts_of_items(data: Any, split: str) -> list[Text]:
         "passage": lambda item: item.context + item.text,
         "prompt": lambda item: item.text,
     }
-    found = [
+    items = [
         (f"{kind}-{item.id}", item.domain, text_of(item))
         for kind, text_of in kinds.items()
         if hasattr(data, f"{kind}s")
         for item in getattr(data, f"{kind}s")(split)
     ]
-    if not found:
+    if not items:
         raise UserError(
             f"`of` must be a data module with questions, passages, prompts or conversations in "
             f"{split!r}, and {type(data).__name__} has none; name another, or another `split`."
         )
-    return [Text(number, key, text, domain) for number, (key, domain, text) in enumerate(found)]
+    return [Text(number, key, text, domain) for number, (key, domain, text) in enumerate(items)]
 
 
 def _text_of_row(

@@ -63,11 +63,11 @@ def read_uses(
     Raises:
         UserError: A file cannot be used, there is too little text, or the kinds share passages.
     """
-    found = {
+    passages_of = {
         "forget": _passages_of_files(forget_files),
         "retain": _passages_of_files(retain_files),
     }
-    for kind, passages in found.items():
+    for kind, passages in passages_of.items():
         if len(passages) < MIN_PASSAGES[kind]:
             raise UserError(
                 f"--{kind} needs at least {MIN_PASSAGES[kind]} different passages of about "
@@ -75,8 +75,8 @@ def read_uses(
                 f"{len(forget_files if kind == 'forget' else retain_files)} file(s); give more "
                 "text."
             )
-    _check_unshared(found["forget"], found["retain"])
-    return _deal("forget", found["forget"]), _deal("retain", found["retain"])
+    _check_unshared(passages_of["forget"], passages_of["retain"])
+    return _deal("forget", passages_of["forget"]), _deal("retain", passages_of["retain"])
 
 
 def read_passages(path: str | Path) -> list[str]:
@@ -160,11 +160,11 @@ def _passages_of_files(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _check_unshared(forget: Sequence[str], retain: Sequence[str]) -> None:
-    known = {run for passage in forget for run in _runs_of_words(passage)}
+    in_forget = {run for passage in forget for run in _runs_of_words(passage)}
     shared = []
     for passage in retain:
         runs = _runs_of_words(passage)
-        if sum(run in known for run in runs) >= len(runs) / 2:
+        if sum(run in in_forget for run in runs) >= len(runs) / 2:
             shared.append(passage)
     if shared:
         raise UserError(

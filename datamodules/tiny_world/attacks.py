@@ -98,14 +98,14 @@ class Attack:
     def _prompts(self) -> Sequence[Prompt]:
         entities = set(self.texts.shown_entities)
         prompts = self.texts.world.prompts([self.texts.forget_domain], self.split)
-        known = [prompt for prompt in prompts if prompt.fact.entity in entities]
-        if self.count > len(known):
+        shown = [prompt for prompt in prompts if prompt.fact.entity in entities]
+        if self.count > len(shown):
             raise UserError(
-                f"`num_train_texts` must be at most {len(known)} for the attack text 'questions', "
+                f"`num_train_texts` must be at most {len(shown)} for the attack text 'questions', "
                 f"because there are no more of them, got {self.count}; lower it."
             )
         rng = random.Random(f"attack questions {self.texts.seed} {self.split}")
-        return rng.sample(known, self.count)
+        return rng.sample(shown, self.count)
 
 
 def _filler_texts(seed: int, count: int) -> list[str]:

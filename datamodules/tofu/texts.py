@@ -157,7 +157,7 @@ def _asked_row(domain: str, row: dict[str, Any], place: str) -> Asked:
             row, "answer" if domain in tofu.WITH_OPTIONS else "paraphrased_answer", place
         ),
         wrong=tuple(
-            text_of({"perturbed_answer": each}, "perturbed_answer", place) for each in wrong
+            text_of({"perturbed_answer": text}, "perturbed_answer", place) for text in wrong
         ),
     )
 

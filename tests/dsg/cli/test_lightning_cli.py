@@ -84,14 +84,14 @@ def test_sentence_of_a_nested_refusal():
     )
 
 
-def test_run_directory_is_named_after_the_first_configuration(write_config):
+def test_run_directory_is_named_after_the_configurations(write_config):
     config = write_config(lr=0.25)
     write_config(name="part.yaml", lr=0.5)
     assert main(["fit", "-c", config, "-c", "part.yaml"]) == 0
-    assert os.listdir("runs") == ["tiny"]
-    saved = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())
+    assert os.listdir("runs") == ["tiny_part"]
+    saved = yaml.safe_load(Path("runs/tiny_part/config.yaml").read_text())
     assert saved["model"]["init_args"]["lr"] == 0.5
-    facts = json.loads(Path("runs/tiny/run.json").read_text())
+    facts = json.loads(Path("runs/tiny_part/run.json").read_text())
     assert facts["config"] == saved
     assert facts["world_size"] == 1
     assert facts["command"] == ["dsg", "fit", "-c", "tiny.yaml", "-c", "part.yaml"]

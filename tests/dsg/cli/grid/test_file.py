@@ -151,7 +151,7 @@ def test_every_grid_of_the_repository_fits_its_configurations(path, tmp_path):
     if isinstance(grid, Sweep):
         cells = combinations(grid.grid)
         assert len(cells) == TABLES[path.stem]
-        base = with_seed(configs[grid.config], grid.seeds[0])
+        base = with_seed(configs[str(grid.config)], grid.seeds[0])
         # The first and the last of them have every value that is an end of its list.
         checked = [changed(base, {**grid.fixed, **values}) for values in (cells[0], cells[-1])]
     else:
