@@ -60,20 +60,36 @@ def wilson_ends(successes: float, n: int) -> tuple[float, float]:
     )
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
+def mean_interval(
+    values: Sequence[float],
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    is_ratio: bool = False,
+) -> Estimate:
     """Mean over independent runs (seeds) with Student's t interval; no interval for one run.
+
+    Args:
+        values: One number per run.
+        low: Lowest number that there is; the interval does not leave the range.
+        high: Highest number that there is.
+        is_ratio: Differences count as factors: the mean is geometric and the interval that of the
+            logarithm, where all numbers are positive and finite.
 
     Raises:
         UserError: There is no value.
     """
-    numbers = _checked(values, "seeds")
+    numbers, back = _checked(values, "seeds"), float
+    if is_ratio and ((numbers > 0) & (numbers < math.inf)).all():
+        numbers, back = np.array([math.log(value) for value in values]), safe_exp
     mean, n = float(numbers.mean()), numbers.size
     if n == 1:
-        return Estimate(mean, 1, None, None)
+        return Estimate(back(mean), 1, None, None)
     from scipy.special import stdtrit  # what scipy.stats.t.ppf calls, and four times faster to load
 
     half = float(stdtrit(n - 1, 0.975) * numbers.std(ddof=1)) / math.sqrt(n)
-    return Estimate(mean, n, mean - half, mean + half)
+    ends = (min(max(back(end), low), high) for end in (mean - half, mean + half))
+    return Estimate(back(mean), n, *ends)
 
 
 def bootstrap_mean(values: Sequence[float]) -> Estimate:

@@ -12,6 +12,7 @@ from .columns import METRICS as METRICS
 from .columns import PROTOCOLS as PROTOCOLS
 from .columns import Column as Column
 from .columns import domain_name as domain_name
+from .columns import mean_over_runs as mean_over_runs
 from .columns import method_name as method_name
 from .columns import metric_of as metric_of
 from .compare import Comparison as Comparison
@@ -50,7 +51,6 @@ from .prediction import Text as Text
 from .prediction import measure_predictions as measure_predictions
 from .prediction import predict_in_memory as predict_in_memory
 from .prediction import prediction_rows as prediction_rows
-from .scales import mean_over_runs as mean_over_runs
 from .scoring import AnyGuard as AnyGuard
 from .scoring import Values as Values
 from .scoring import score_questions as score_questions

@@ -4,8 +4,11 @@ The page, the printed tables and `table.csv` ask here, and the README of this fo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from dsg.intervals import Estimate, mean_interval
 
 COLUMNS = {
     "experiment": "the study that the run belongs to",
@@ -220,3 +223,17 @@ def method_name(method: str) -> str:
 def domain_name(domain: str) -> str:
     """A domain as people read it."""
     return DOMAINS.get(domain, domain)
+
+
+def mean_over_runs(metric: str, values: Sequence[float]) -> Estimate:
+    """Mean of a metric over independent runs (seeds, draws), with an interval on its own scale.
+
+    Args:
+        metric: Its name in the results.
+        values: One number per run.
+
+    Raises:
+        UserError: There is no value.
+    """
+    scale = metric_of(metric)
+    return mean_interval(values, low=scale.low, high=scale.high, is_ratio=scale.is_ratio)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from dsg.errors import UserError
+from dsg.evaluation.columns import mean_over_runs
 from dsg.evaluation.items import PromptBatch
 from dsg.evaluation.metrics import repeated_share, rouge_l, rouge_l_recall
-from dsg.evaluation.scales import mean_over_runs
 from dsg.evaluation.scoring import AnyGuard, Values
 from dsg.guard import guarded
 from dsg.intervals import Estimate

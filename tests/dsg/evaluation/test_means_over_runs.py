@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsg.evaluation.columns import METRICS, metric_of
-from dsg.evaluation.scales import mean_over_runs
+from dsg.evaluation.columns import METRICS, mean_over_runs, metric_of
 
 T975_2 = 4.302652729911275  # Student's t, 97.5th percentile, 2 degrees of freedom
 SOURCES = Path(__file__).parents[3] / "dsg"
@@ -60,4 +59,4 @@ def test_nobody_takes_means_over_runs_without_the_scale():
         for path in SOURCES.rglob("*.py")
         if re.search(r"\bmean_interval\(", path.read_text(encoding="utf-8"))
     }
-    assert users == {"intervals.py", "scales.py"}
+    assert users == {"intervals.py", "columns.py"}
