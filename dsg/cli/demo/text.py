@@ -13,7 +13,7 @@ from dsg.cli.configs import Config, changed
 from dsg.cli.demo.pretrained import open_pretrained
 from dsg.cli.demo.text_model import Sizes, TextFiles, ensure_text_model, read_training
 from dsg.cli.demo.world import num_jobs
-from dsg.cli.grid.cells import FEATURES_FILE, Cell
+from dsg.cli.grid.cells import Cell
 from dsg.cli.grid.kinds import quiet, tracked
 from dsg.cli.grid.recovery import mean_over_draws
 from dsg.cli.grid.run import Rounds, densities_of
@@ -37,8 +37,6 @@ SIZES = Sizes()
 GRID = {"ratio_percentile": [90.0, 95.0, 98.0], "num_features": [20, 40, 80]}
 NUM_RANDOM_DRAWS = 3
 INPUTS_FILE = "inputs.json"
-GUARDS_FILE = "guards.json"
-CONTINUATION_FILE = "continuation.json"
 _WORK = "dsg.cli.demo.text_work"
 _MAX_LENGTH = 128
 _CLAMP_VALUE = -0.7  # in residual norms, as on the embedded benchmark
@@ -262,14 +260,13 @@ def _rows(subject: Subject, run_dir: Path) -> list[dict[str, Any]]:
 
 def _outcome(subject: Subject, run_dir: Path) -> dict[str, Any]:
     """Facts of a seed that are no result rows."""
-    path = subject.runs(run_dir)["continuation"].folder(run_dir) / CONTINUATION_FILE
-    continuation = read_json(path) if path.is_file() else None
+    continuation = subject.runs(run_dir)["continuation"].outcome(run_dir)
     return {"continuation": continuation, "rouge_l_by_round": list(subject.rounds)}
 
 
 def _write_first(subject: Subject, run_dir: Path) -> None:
     """Put what the report shows of the first seed beside the results."""
-    guards, runs = subject.guards().folder(run_dir), subject.runs(run_dir)
+    tuned, runs = subject.guards().outcome(run_dir), subject.runs(run_dir)
     domains, threshold = {}, 0.0
     for part in subject.parts:
         cell = runs[f"{part}/dsg"]
@@ -280,6 +277,6 @@ def _write_first(subject: Subject, run_dir: Path) -> None:
     write_drawn(
         run_dir,
         densities={"dsg": Densities(threshold, domains)},
-        settings=[ChosenSettings(**read_json(guards / GUARDS_FILE))],
-        features=read_json(guards / FEATURES_FILE),
+        settings=[ChosenSettings(**tuned["settings"])],
+        features=tuned["features"],
     )

@@ -1,7 +1,6 @@
 """What a worker does for the demonstration on the user's own text, beside Lightning runs."""
 
 import copy
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,12 +11,12 @@ import torch
 
 from datamodules.parts.loading import passage_loader
 from dsg.cli.configs import Config, combinations
-from dsg.cli.demo.text import CONTINUATION_FILE, EXPERIMENT, GUARDS_FILE
+from dsg.cli.demo.text import EXPERIMENT
 from dsg.cli.grid.work import describe_strongest, instantiate, write_config
 from dsg.errors import UserError
 from dsg.evaluation import Passage, auroc, continuation_rouge, is_measurable, mean_rouge, score_all
 from dsg.guard import Guard, GuardSettings
-from dsg.io import row, write_atomically, write_results
+from dsg.io import row, write_results
 from dsg.lm import load_model
 from dsg.sae import load_sae
 from lightning_modules.parts.guards import maker_from
@@ -25,14 +24,17 @@ from lightning_modules.parts.guards import maker_from
 _log = logging.getLogger(__name__)
 
 
-def tune_guards(folder: Path, config: Config, configs: Path) -> None:
+def tune_guards(folder: Path, config: Config, configs: Path) -> dict[str, Any]:
     """Choose the features by the density AUROC on validation passages and save all guards.
 
     Args:
-        folder: Gets a folder per guard, the choice, and the file of described features.
+        folder: Gets a folder per guard.
         config: `config` of an evaluation of the guard, `grid` of its settings, number of random
             `draws`, and the `parts` whose passages decide.
         configs: Where the configuration is written.
+
+    Returns:
+        The chosen `settings` and the described `features`.
     """
     module, data = instantiate(write_config(configs / "dsg.yaml", config["config"]))
     settings: GuardSettings = module.guard_settings
@@ -65,21 +67,24 @@ def tune_guards(folder: Path, config: Config, configs: Path) -> None:
             break
     for name, guard in guards.items():
         guard.save(folder / name)
-    describe_strongest(folder, guards["dsg"], model, data, sae, data.forget_texts())
+    features = describe_strongest(guards["dsg"], model, data, sae, data.forget_texts())
     choice = {"method": "dsg", "chosen": chosen, "tried": len(tries), "validation": validation}
-    write_atomically(folder / GUARDS_FILE, json.dumps(choice, indent=1) + "\n")
+    return {"settings": choice, "features": features}
 
 
-def continue_passages(folder: Path, config: Config, configs: Path) -> None:
+def continue_passages(folder: Path, config: Config, configs: Path) -> dict[str, Any]:
     """ROUGE-L of verbatim continuation on test passages, without a guard and with each.
 
     Where the model does not continue memorised passages twice as well as unseen ones, no row is
     written: forgetting could not be told from never having known.
 
     Args:
-        folder: Gets the result rows, and whether there can be any.
+        folder: Gets the result rows.
         config: `config` of an evaluation, and folders of the `guards` by method.
         configs: Where the configuration is written.
+
+    Returns:
+        Means without a guard, and whether rows could be written.
     """
     module, data = instantiate(write_config(configs / "base.yaml", config["config"]))
     model = load_model(module.model_name)
@@ -106,9 +111,8 @@ def continue_passages(folder: Path, config: Config, configs: Path) -> None:
         "memorised": memorised.mean().item(),
         "unseen": unseen.mean().item(),
     }
-    write_atomically(folder / CONTINUATION_FILE, json.dumps(facts))
     if not facts["measurable"]:
-        return
+        return facts
     values = {("base", "none"): plain}
     for method, path in config["guards"].items():
         values[method, "on"] = measure(Guard.load(path))
@@ -132,6 +136,7 @@ def continue_passages(folder: Path, config: Config, configs: Path) -> None:
             for (part, domain), scores in by_key.items()
         ],
     )
+    return facts
 
 
 def _validation_passages(data: Any, parts: Sequence[str]) -> list[Passage]:

@@ -15,7 +15,6 @@ RUN_DIR = "{run_dir}"
 CELLS_FOLDER = "cells"
 LOGS_FOLDER = "logs"
 DONE_FILE = "cell.json"
-FEATURES_FILE = "features.json"
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,13 @@ class Cell:
         """Remove what an earlier attempt has left."""
         shutil.rmtree(self.folder(run_dir), ignore_errors=True)
 
-    def finish(self, run_dir: Path, seconds: float) -> None:
-        """Note that the cell is finished."""
-        done = {"digest": self.digest, "seconds": round(seconds, 2)}
+    def outcome(self, run_dir: Path) -> Any:
+        """What the cell returned; None of a run of Lightning, and before the cell is finished."""
+        return self._done(run_dir)["outcome"] if self.is_finished(run_dir) else None
+
+    def finish(self, run_dir: Path, seconds: float, outcome: Any = None) -> None:
+        """Note that the cell is finished, and what it returned, which JSON must know."""
+        done = {"digest": self.digest, "seconds": round(seconds, 2), "outcome": outcome}
         write_atomically(self.folder(run_dir) / DONE_FILE, json.dumps(done) + "\n")
 
     def _done(self, run_dir: Path) -> dict[str, Any]:

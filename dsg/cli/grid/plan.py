@@ -4,7 +4,6 @@ Later cells depend on what earlier ones found, so each step reads the finished c
 before it; what failed there has no later cells.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,7 +18,6 @@ from dsg.cli.grid.tuning import Choice, Try, best, validation_scores
 from dsg.io import read_run_facts
 
 TUNE_GUARDS = "dsg.cli.grid.work:tune_guards"
-GUARDS_FILE = "guards.json"
 MODEL_FOLDER = "model"
 
 _PLACE = ("hook_point", "sae", "sae_id")
@@ -166,11 +164,12 @@ class Plan:
         """
         method = self.methods[name]
         if self.kinds[name] == "guard":
-            if not self._guards(place).is_finished(run_dir):
+            outcome = self._guards(place).outcome(run_dir)
+            if outcome is None:
                 return None
-            found = self._found_guards(place, run_dir)[name]
-            tries = [(settings, scores) for settings, scores in found["tries"]]
-            chosen = Choice(found["chosen"], {}, 0)
+            tuned = outcome["guards"][name]
+            tries = [(settings, scores) for settings, scores in tuned["tries"]]
+            chosen = Choice(tuned["chosen"], {}, 0)
             return (best(tries) if tries else chosen), tries
         if not (method.grid or method.epochs):
             return Choice({}, {}, 0), []
@@ -184,10 +183,16 @@ class Plan:
                 tries.append(({**values, **counted}, validation_scores(rows, epoch)))
         return best(tries), tries
 
+    def features(self, run_dir: Path) -> list[dict[str, Any]]:
+        """Descriptions of the features of the first guard at the first place."""
+        outcome = self._guards(self.places[0]).outcome(run_dir)
+        return outcome["features"] if outcome else []
+
     def seconds(self, place: Place, name: str, run_dir: Path) -> float | None:
         """How long it took to unlearn with the chosen settings, without choosing or evaluating."""
-        if self.kinds[name] == "guard" and self._guards(place).is_finished(run_dir):
-            return self._found_guards(place, run_dir)[name]["seconds"]
+        if self.kinds[name] == "guard":
+            outcome = self._guards(place).outcome(run_dir)
+            return outcome and outcome["guards"][name]["seconds"]
         cell = self._chosen_fit(place, name, run_dir) if self.kinds[name] == "fit" else None
         if cell is None or not cell.is_finished(run_dir):
             return None
@@ -216,10 +221,6 @@ class Plan:
             if self.kinds[name] == "guard"
         }
         return Cell(f"{place}/guards", TUNE_GUARDS, methods)
-
-    def _found_guards(self, place: Place, run_dir: Path) -> dict[str, Any]:
-        file = self._guards(place).folder(run_dir) / GUARDS_FILE
-        return json.loads(file.read_text(encoding="utf-8"))
 
     def _fit_tries(self, place: Place, name: str) -> list[tuple[dict[str, Any], Cell]]:
         method = self.methods[name]

@@ -21,7 +21,7 @@ from dsg.cli.configs import (
     map_strings,
     with_seed,
 )
-from dsg.cli.grid.cells import CELLS_FOLDER, FEATURES_FILE, RUN_DIR, Cell
+from dsg.cli.grid.cells import CELLS_FOLDER, RUN_DIR, Cell
 from dsg.cli.grid.file import EPOCHS_KEY, Grid, Sweep, named_configs
 from dsg.cli.grid.kinds import quiet
 from dsg.cli.grid.plan import Plan
@@ -31,7 +31,7 @@ from dsg.cli.grid.work import instantiate, write_config
 from dsg.cli.grid.workers import Workers
 from dsg.cli.lightning_cli import resolve_benchmark, run_name
 from dsg.evaluation import read_items
-from dsg.io import ITEMS_FILE, read_json, read_run_facts, row, write_results, write_run_facts
+from dsg.io import ITEMS_FILE, read_run_facts, row, write_results, write_run_facts
 from dsg.report import (
     TABLE_FILE,
     ChosenSettings,
@@ -194,9 +194,10 @@ def run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], lis
         rows += measured if method.draws == 1 else mean_over_draws(measured, name, method.draws)
     rows = [{**found, "experiment": plan.name} for found in rows]
     times = _times(plan, run_dir)
-    _write_first_guard(plan, run_dir)
     write_drawn(
         run_dir,
+        densities=_densities(plan, run_dir),
+        features=plan.features(run_dir),
         settings=_chosen(plan, run_dir),
         tries=_tries(plan, run_dir),
         attempts=recovery.attempts,
@@ -210,14 +211,13 @@ def _rows(cells: Iterable[Cell], run_dir: Path) -> list[dict[str, Any]]:
     return [found for cell in done for found in cell.rows(run_dir)]
 
 
-def _write_first_guard(plan: Plan, run_dir: Path) -> None:
-    """Put what the first guard reads, and what is behind its gate, beside the results."""
-    name = next((name for name, kind in plan.kinds.items() if kind == "guard"), None)
-    cells = run_dir / CELLS_FOLDER / str(plan.places[0])
-    if (cells / "guards" / FEATURES_FILE).is_file():
-        write_drawn(run_dir, features=read_json(cells / "guards" / FEATURES_FILE))
-    if name is not None and (cells / "evaluate" / name / ITEMS_FILE).is_file():
-        write_drawn(run_dir, densities={name: densities_of(cells / "evaluate" / name)})
+def _densities(plan: Plan, run_dir: Path) -> dict[str, Densities]:
+    """What is behind the gate of the first guard, for the report."""
+    evaluations = run_dir / CELLS_FOLDER / str(plan.places[0]) / "evaluate"
+    for name in (name for name, kind in plan.kinds.items() if kind == "guard"):
+        folder = evaluations / name
+        return {name: densities_of(folder)} if (folder / ITEMS_FILE).is_file() else {}
+    return {}
 
 
 def densities_of(folder: Path) -> Densities:

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,9 +18,8 @@ from datamodules.parts.loading import question_loader
 from dsg.cli import lightning_cli
 from dsg.cli.config_errors import one_sentence
 from dsg.cli.configs import Config, map_strings
-from dsg.cli.grid.cells import FEATURES_FILE, RUN_DIR, Cell
+from dsg.cli.grid.cells import RUN_DIR, Cell
 from dsg.cli.grid.file import GUARD_KEY
-from dsg.cli.grid.plan import GUARDS_FILE
 from dsg.cli.grid.tuning import GuardTuner, Try, best
 from dsg.cli.process import calm_libraries
 from dsg.errors import UserError
@@ -37,8 +35,8 @@ NUM_DESCRIBED = 8  # features
 NUM_READ = 200  # forget texts in which they are looked for
 
 
-def work(cell: Cell, run_dir: Path) -> None:
-    """Do a cell in its folder.
+def work(cell: Cell, run_dir: Path) -> Any:
+    """Do a cell in its folder; returns what it finds beside its files.
 
     Args:
         cell: What to do.
@@ -53,10 +51,10 @@ def work(cell: Cell, run_dir: Path) -> None:
         calm_libraries()
         module, function = cell.command.split(":")
         do = getattr(importlib.import_module(module), function)
-        do(cell.folder(run_dir), config, run_dir / CONFIGS_FOLDER / cell.name)
-        return
+        return do(cell.folder(run_dir), config, run_dir / CONFIGS_FOLDER / cell.name)
     path = write_config(run_dir / CONFIGS_FOLDER / f"{cell.name}.yaml", config)
     lightning_cli.run([cell.command, "-c", str(path), "--run_dir", str(cell.folder(run_dir))])
+    return None
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> Path:
@@ -80,7 +78,7 @@ def instantiate(path: Path) -> tuple[Any, Any]:
     return cli.model, cli.datamodule
 
 
-def tune_guards(folder: Path, config: Config, configs: Path) -> None:
+def tune_guards(folder: Path, config: Config, configs: Path) -> dict[str, Any]:
     """Choose the settings of all guards of one seed and domain, and save the guards.
 
     They share the model's activations on the texts, so one cell does them all; calibration texts
@@ -88,10 +86,12 @@ def tune_guards(folder: Path, config: Config, configs: Path) -> None:
     choosing. The features of the first guard are described.
 
     Args:
-        folder: Gets a folder per method with its guard, `guards.json`: tries, choice, seconds, and
-            the file of described features.
+        folder: Gets a folder per method with its guard.
         config: Method -> `config`, `grid` and `settings_of`.
         configs: Where the configurations are written.
+
+    Returns:
+        `guards`: method -> `tries`, `chosen` and `seconds`; and the described `features`.
     """
     modules = {}
     for name, method in config.items():
@@ -108,6 +108,7 @@ def tune_guards(folder: Path, config: Config, configs: Path) -> None:
     shared = time.perf_counter() - started
     tuner = GuardTuner(maker, forget, *_questions(data))
     outcomes: dict[str, Any] = {}
+    features: list[dict[str, Any]] = []
     for name in sorted(config, key=lambda name: config[name]["settings_of"] is not None):
         method, own = config[name], data
         if method["config"].get("data") != next(iter(config.values()))["config"].get("data"):
@@ -128,20 +129,19 @@ def tune_guards(folder: Path, config: Config, configs: Path) -> None:
         seconds = shared + time.perf_counter() - started
         outcomes[name] = {"tries": tries, "chosen": chosen, "seconds": round(seconds, 2)}
         if name == next(iter(config)):
-            describe_strongest(folder, guard, model, data, sae, texts["forget_selection"])
-    write_atomically(folder / GUARDS_FILE, json.dumps(outcomes, indent=1) + "\n")
+            features = describe_strongest(guard, model, data, sae, texts["forget_selection"])
+    return {"guards": outcomes, "features": features}
 
 
 def describe_strongest(
-    folder: Path, guard: Guard, model: Any, data: Any, sae: Any, texts: Sequence[str]
-) -> None:
-    """Write what a guard's first features respond to in forget texts, for the report."""
+    guard: Guard, model: Any, data: Any, sae: Any, texts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What a guard's first features respond to in forget texts, for the report."""
     selection = guard.facts["selection"]
     strongest = Selection(**{key: values[:NUM_DESCRIBED] for key, values in selection.items()})
-    features = describe_features(
+    return describe_features(
         model, data.tokenizer, sae, strongest, texts[:NUM_READ], hook_point=guard.hook_point
     )
-    write_atomically(folder / FEATURES_FILE, json.dumps(features) + "\n")
 
 
 def _questions(data: Any) -> tuple[list[Any], list[Any]]:

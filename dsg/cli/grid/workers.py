@@ -140,7 +140,7 @@ def _attempt(work: str, cell: Cell, run_dir: Path) -> str | None:
     cell.clear(run_dir)
     try:
         module, function = work.split(":")
-        getattr(importlib.import_module(module), function)(cell, run_dir)
+        outcome = getattr(importlib.import_module(module), function)(cell, run_dir)
     except UserError as error:
         return " ".join(str(error).split())
     except (Exception, SystemExit) as error:
@@ -148,7 +148,7 @@ def _attempt(work: str, cell: Cell, run_dir: Path) -> str | None:
         sys.stderr.flush()
         first = next(iter(str(error).strip().splitlines()), "no message")
         return f"{type(error).__name__}: {first} (log: {cell.log(run_dir)})."
-    cell.finish(run_dir, time.monotonic() - started)
+    cell.finish(run_dir, time.monotonic() - started, outcome)
     return None
 
 

@@ -32,8 +32,7 @@ def run_here(workers, cells):
     """Do cells in this process, where patches hold, and imports are done."""
     for cell in cells:
         cell.clear(workers._run_dir)
-        work(cell, workers._run_dir)
-        cell.finish(workers._run_dir, 1.0)
+        cell.finish(workers._run_dir, 1.0, work(cell, workers._run_dir))
         yield Outcome(cell, None)
 
 

@@ -91,9 +91,10 @@ def test_read_config_names_what_is_wrong(tmp_path):
 def test_only_the_very_same_cell_is_finished(tmp_path):
     cell = Cell("a/b", "fit", CONFIG, ["d1"])
     assert not cell.is_finished(tmp_path)
-    cell.finish(tmp_path, 1.234)
+    cell.finish(tmp_path, 1.234, {"found": [1]})
     assert cell.is_finished(tmp_path)
-    assert cell.seconds(tmp_path) == 1.23
+    assert (cell.seconds(tmp_path), cell.outcome(tmp_path)) == (1.23, {"found": [1]})
+    assert Cell("a/b", "fit", CONFIG, ["d2"]).outcome(tmp_path) is None
     assert not Cell("a/b", "test", CONFIG, ["d1"]).is_finished(tmp_path)
     assert not Cell("a/b", "fit", changed(CONFIG, {"x": 1}), ["d1"]).is_finished(tmp_path)
     assert not Cell("a/b", "fit", CONFIG, ["d2"]).is_finished(tmp_path)
