@@ -1,14 +1,141 @@
 """Multiple choice by this project and by lm-evaluation-harness: time, memory, and the answers."""
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from dsg.cli.bench.questions import Workload
-from dsg.cli.bench.sides import SIDES, Answered, BatchSize, Side, Worker
+from dsg.cli.bench.questions import Workload, random_model, random_questions, word_tokenizer
+from dsg.cli.bench.tables import forget_highest_memory, highest_memory
+from dsg.evaluation import Question, encode_question, question_collate, score_questions
+from dsg.lm import length_batches
+
+Side = Literal["harness", "ours"]
+BatchSize = int | Literal["auto"]
+# Log-probability of each option of each question.
+Scores = list[list[float]]
+
+SIDES: tuple[Side, ...] = ("harness", "ours")
+
+
+class Answered(NamedTuple):
+    """One run over all questions: its time, scores, and the memory that was needed so far."""
+
+    seconds: float
+    processor_seconds: float
+    scores: Scores
+    peak_bytes: int
+
+
+def answer_ours(
+    model: Any, tokenizer: Any, questions: Sequence[Question], batch_size: BatchSize
+) -> Scores:
+    """Log-probabilities of the options, as an evaluation run of this project gets them."""
+    lengths = [max(map(len, encode_question(tokenizer, q)[1])) for q in questions]
+    collate = question_collate(tokenizer)
+    scores: dict[int, list[float]] = {}
+    for places in length_batches(lengths, batch_size):
+        values = score_questions(model, collate([questions[place] for place in places]))
+        columns = [values[f"log_prob_{i}"] for i in range(questions[0].num_answers)]
+        scores |= dict(zip(places, torch.stack(columns, 1).tolist(), strict=True))
+    return [scores[place] for place in range(len(questions))]
+
+
+def answer_harness(
+    model: Any, tokenizer: Any, questions: Sequence[Question], batch_size: BatchSize
+) -> Scores:
+    """Log-probabilities of the options, as the harness gets them."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    requests = [
+        Instance("loglikelihood", {}, (question.prompt, option), place)
+        for place, question in enumerate(questions)
+        for option in question.options
+    ]
+    language_model: Any = HFLM
+    lm = language_model(model, tokenizer=tokenizer, batch_size=batch_size)
+    found = [log_prob for log_prob, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    num = len(questions[0].options)
+    return [found[start : start + num] for start in range(0, len(found), num)]
+
+
+_ANSWERING: dict[Side, Callable[[Any, Any, Sequence[Question], BatchSize], Scores]] = {
+    "harness": answer_harness,
+    "ours": answer_ours,
+}
+
+
+class Worker:
+    """A process that answers the questions whenever it is asked; ends with its `with` block.
+
+    Args:
+        side: Who answers.
+        workload: Model and questions.
+    """
+
+    def __init__(self, side: Side, workload: Workload) -> None:
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._task = (side, workload, torch.get_num_threads())
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, batch_size: BatchSize) -> Answered:
+        """Answers all questions once.
+
+        Raises:
+            RuntimeError: It fails, or the process has died.
+        """
+        try:
+            return self._pool.submit(_answer, *self._task, batch_size).result()
+        except Exception as error:
+            died = isinstance(error, BrokenProcessPool)
+            reason = "the process died; is memory short?" if died else error.__cause__ or error
+            raise RuntimeError(
+                f"answering with batch size {batch_size} failed:\n{reason}"
+            ) from error
+
+
+def _answer(side: Side, workload: Workload, num_threads: int, batch_size: BatchSize) -> Answered:
+    model, tokenizer, questions, before = _prepared(side, workload, num_threads)
+    # The harness prints what it learns about batch sizes.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        start = time.perf_counter(), time.process_time()
+        scores = _ANSWERING[side](model, tokenizer, questions, batch_size)
+        end = time.perf_counter(), time.process_time()
+    return Answered(end[0] - start[0], end[1] - start[1], scores, highest_memory() - before)
+
+
+@functools.cache
+def _prepared(
+    side: Side, workload: Workload, num_threads: int
+) -> tuple[Any, Any, list[Question], int]:
+    """Model, tokenizer, questions, and the memory that the process has held so far."""
+    torch.set_num_threads(num_threads)
+    logging.disable(logging.WARNING)
+    model, tokenizer = random_model(workload), word_tokenizer(workload.vocab_size)
+    questions = random_questions(workload)
+    # Loads what is imported on first use, and warms up.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        _ANSWERING[side](model, tokenizer, questions[:4], 1)
+    forget_highest_memory()
+    return model, tokenizer, questions, highest_memory()
+
 
 # A batch size so much slower than the best one is the last that is tried: larger ones only lose.
 _HOPELESS = 1.5

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsg.cli.bench.edit import random_sae
-from dsg.cli.bench.memory import highest_memory
+from dsg.cli.bench.tables import highest_memory
 from dsg.lm import TokenBatch, hidden_states, read_activations, resolve_hook_point
 from dsg.selection import collect_statistics
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dsg.cli.bench import edit as edit_bench
-from dsg.cli.bench.dense import dense_clamp
 from dsg.cli.bench.edit import (
     CLAMP_VALUE,
     THRESHOLD,
+    dense_clamp,
     measure_edit,
     random_sae,
     sliced,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +13,17 @@ import torch
 
 from dsg.cli.bench import command as bench_command
 from dsg.cli.bench import harness as bench
-from dsg.cli.bench.harness import Comparison, SideCost, compare
-from dsg.cli.bench.memory import forget_highest_memory, highest_memory
+from dsg.cli.bench.harness import (
+    Answered,
+    Comparison,
+    SideCost,
+    Worker,
+    answer_harness,
+    answer_ours,
+    compare,
+)
 from dsg.cli.bench.questions import Workload, random_model, random_questions, word_tokenizer
-from dsg.cli.bench.sides import Answered, Worker, answer_harness, answer_ours
+from dsg.cli.bench.tables import forget_highest_memory, highest_memory
 from dsg.errors import UserError
 
 LETTERS = Workload("letter", 5, d_model=16, num_layers=2, vocab_size=40, seed=0)
@@ -159,6 +167,9 @@ def test_a_worker_answers_in_its_own_process_and_says_what_went_wrong():
         assert first.scores == [pytest.approx(row, abs=1e-5) for row in by_hand(LETTERS)]
         with pytest.raises(RuntimeError, match=r"(?s)batch size 0 failed.*must be at least 1"):
             worker.run(0)
+        assert worker.run(2).scores == first.scores
+        for process in multiprocessing.active_children():
+            process.kill()
         with pytest.raises(RuntimeError, match="the process died"):
             worker.run(1)
 
