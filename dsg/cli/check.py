@@ -237,7 +237,7 @@ def _recorded(recorded: str | None, agrees: bool | None) -> tuple[str, str]:
 
 
 def _json(options: argparse.Namespace, num_texts: int, fit: "Fit", judged: "Verdict") -> str:
-    found = {
+    content = {
         "model": options.model,
         "sae": options.sae,
         "sae_id": options.sae_id,
@@ -249,4 +249,4 @@ def _json(options: argparse.Namespace, num_texts: int, fit: "Fit", judged: "Verd
         "verdict": judged.outcome,
         "reasons": judged.reasons,
     }
-    return json.dumps(found, indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -46,12 +46,12 @@ def run(options: argparse.Namespace) -> int:
     from dsg.io import write_atomically
 
     guards = None if options.guard_a is None else (options.guard_a, options.guard_b)
-    found, overlaps = compare_runs(options.first, options.second, guards)
-    found = choose(found, options.metric, options.domain)
-    _print(options.first, options.second, found, overlaps)
+    comparisons, overlaps = compare_runs(options.first, options.second, guards)
+    comparisons = choose(comparisons, options.metric, options.domain)
+    _print(options.first, options.second, comparisons, overlaps)
     if options.json is not None:
         content = {
-            "comparisons": [asdict(c) for c in found],
+            "comparisons": [asdict(c) for c in comparisons],
             "items": [asdict(o) for o in overlaps],
         }
         with writing("--json"):
@@ -59,7 +59,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print(first: Path, second: Path, found: "list[Comparison]", overlaps: "list[Overlap]") -> None:
+def _print(
+    first: Path, second: Path, comparisons: "list[Comparison]", overlaps: "list[Overlap]"
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -72,7 +74,7 @@ def _print(first: Path, second: Path, found: "list[Comparison]", overlaps: "list
             f"only in A, {overlap.second_only} only in B",
             highlight=False,
         )
-    parts = dict.fromkeys((one.guards, one.kind) for one in found)
+    parts = dict.fromkeys((comparison.guards, comparison.kind) for comparison in comparisons)
     for guards, kind in parts:
         title = f"guard {_states(guards)}, {kind}"
         table = Table(
@@ -87,14 +89,16 @@ def _print(first: Path, second: Path, found: "list[Comparison]", overlaps: "list
         table.add_column("metric", overflow="fold", min_width=12)
         for name in ("A", "B", "B - A [95 %]", "p", "n"):
             table.add_column(name, justify="right", no_wrap=True)
-        for one in found:
-            if (one.guards, one.kind) == (guards, kind):
-                metric = one.metric.replace("_", " ")  # a space is where a name may be folded
-                table.add_row(one.domain, metric, *_numbers(one.test))
+        for comparison in comparisons:
+            if (comparison.guards, comparison.kind) == (guards, kind):
+                # A space is where a name may be folded.
+                metric = comparison.metric.replace("_", " ")
+                table.add_row(comparison.domain, metric, *_numbers(comparison.test))
         console.print(table)
     console.print(
         "0/1 values: exact McNemar test, Newcombe's interval; others: sign-flip permutation test, "
-        f"bootstrap over items. The {len(found)} p values are not corrected for their number.",
+        f"bootstrap over items. The {len(comparisons)} p values are not corrected for their "
+        "number.",
         highlight=False,
     )
 

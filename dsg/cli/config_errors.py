@@ -84,7 +84,7 @@ def user_error_behind(error: BaseException | None) -> UserError | None:
 
 def _reasons(message: str) -> list[_Reason]:
     """All lines that say what is wrong, with the keys and classes that they lie under."""
-    found: list[_Reason] = []
+    reasons: list[_Reason] = []
     keys: list[tuple[int, str]] = []
     owners: list[tuple[int, str]] = [(-1, "")]
     base = ""
@@ -98,7 +98,7 @@ def _reasons(message: str) -> list[_Reason]:
             owners = [entry for entry in owners if entry[0] < depth] + [(depth, match[1])]
             continue
         if text.startswith("Given value: "):
-            for reason in found:
+            for reason in reasons:
                 if depth <= reason.depth and not reason.got:
                     value = text.removeprefix("Given value: ")
                     nested = re.match(r"NestedArg\(.*?val=(.*)\)$", value)
@@ -107,8 +107,8 @@ def _reasons(message: str) -> list[_Reason]:
             base = match[1]
         elif text and not _NOISE.match(text) and not text.startswith("Subtypes: "):
             inside = [owner for at, owner in owners if at < depth]
-            found.append(_Reason(depth, _dotted(keys, owners, depth), inside[-1], base, text))
-    return found
+            reasons.append(_Reason(depth, _dotted(keys, owners, depth), inside[-1], base, text))
+    return reasons
 
 
 def _dotted(keys: list[tuple[int, str]], owners: list[tuple[int, str]], depth: int) -> str:
@@ -163,8 +163,8 @@ def _no_entry(key: str, reason: _Reason, match: re.Match[str]) -> str:
 
 def _no_class(key: str, _: _Reason, match: re.Match[str]) -> str:
     module, name = match[1], match[2]
-    found = imported(module)
-    near = did_you_mean(name, getattr(found, "__all__", dir(found)))
+    owner = imported(module)
+    near = did_you_mean(name, getattr(owner, "__all__", dir(owner)))
     return f"{key} names a class that there is not, {module} has no {name!r}{near}"
 
 
@@ -179,8 +179,8 @@ def _other_class(key: str, reason: _Reason, match: re.Match[str]) -> str:
 
 
 def _missing(key: str, reason: _Reason, match: re.Match[str]) -> str:
-    of = f"{key} ({reason.owner})" if reason.owner else key
-    return f"{of} must give {match[1]}, got none"
+    place = f"{key} ({reason.owner})" if reason.owner else key
+    return f"{place} must give {match[1]}, got none"
 
 
 _TOLD: list[tuple[str, Callable[[str, _Reason, re.Match[str]], str]]] = [

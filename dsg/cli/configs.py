@@ -90,9 +90,9 @@ def with_seed(config: Mapping[str, Any], seed: int) -> Config:
 def benchmark_seeds(config: Any) -> set[int]:
     """Seeds of the embedded benchmarks that a configuration names."""
     return {
-        int(found[1])
+        int(match[1])
         for value in _leaves(config)
-        if isinstance(value, str) and (found := _BENCHMARK.match(value))
+        if isinstance(value, str) and (match := _BENCHMARK.match(value))
     }
 
 

@@ -48,10 +48,10 @@ def _check_same_model(module: Any, data: Any) -> None:
     name, given = getattr(module, "model_name", None), getattr(data, "model_name", None)
     if name is None or given is None:
         return
-    known = {name, getattr(module, "base_model_name", None)}
+    allowed = {name, getattr(module, "base_model_name", None)}
     if (Path(name) / ADAPTER_CONFIG).is_file():
-        known.add(adapter_base(Path(name)))
-    if given not in known:
+        allowed.add(adapter_base(Path(name)))
+    if given not in allowed:
         raise UserError(
             f"`model_name` of the data must be that of the model, {name!r}, whose tokenizer and "
             f"window it is for, got {given!r}; give the same, or name the model that was changed "
@@ -116,11 +116,11 @@ def check_strategy(strategy: Any) -> None:
         UserError: It is none of the known ones.
     """
     class_path = getattr(strategy, "class_path", None)
-    known = _STRATEGIES if class_path is None else _CLASSES
+    allowed = _STRATEGIES if class_path is None else _CLASSES
     name = str(strategy) if class_path is None else class_path.rpartition(".")[2]
-    if name not in known:
+    if name not in allowed:
         given = strategy if class_path is None else class_path
-        advice = did_you_mean(name, known) or "; leave it out."
+        advice = did_you_mean(name, allowed) or "; leave it out."
         raise UserError(
             f"`trainer.strategy` must be one of {', '.join(_STRATEGIES)}, or a mapping with the "
             f"class path of {' or '.join(_CLASSES)}, got {given!r}{advice}"
@@ -139,5 +139,5 @@ def trainer_refusals() -> Iterator[None]:
     except (MisconfigurationException, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        said = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"`trainer` cannot be made as it is set ({said}); mend it.") from error
+        refusal = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"`trainer` cannot be made as it is set ({refusal}); mend it.") from error

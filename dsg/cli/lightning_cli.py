@@ -327,9 +327,9 @@ def print_outcome(run_dir: Path) -> None:
             console.print(table)
         if num_more:
             console.print(f"and {num_more} more measurements in {RESULTS_FILE}\n", highlight=False)
-    found = {name: use for name, use in _FILES.items() if (run_dir / name).exists()}
-    width = max((len(str(run_dir / name)) for name in found), default=0)
-    for name, use in found.items():
+    left = {name: use for name, use in _FILES.items() if (run_dir / name).exists()}
+    width = max((len(str(run_dir / name)) for name in left), default=0)
+    for name, use in left.items():
         path = str(run_dir / name)
         console.print(f"{path:<{width}}  {use}", highlight=False, markup=False, soft_wrap=True)
     if has_results:

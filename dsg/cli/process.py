@@ -126,11 +126,11 @@ _IN_WORDS = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b")
 
 def disk_full_behind(error: BaseException) -> str | None:
     """What a full disk did not let be written, in a sentence; None for any other error."""
-    for seen in chain(error):
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            place = f" {os.fspath(seen.filename)!r}" if isinstance(seen.filename, str) else ""
-            return f"no space is left to write{place} ({os.strerror(seen.errno)})"
-        found = _IN_WORDS.search(str(seen))
-        if found is not None:
-            return f"no space is left to write ({os.strerror(int(found[1]))})"
+    for cause in chain(error):
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            place = f" {os.fspath(cause.filename)!r}" if isinstance(cause.filename, str) else ""
+            return f"no space is left to write{place} ({os.strerror(cause.errno)})"
+        match = _IN_WORDS.search(str(cause))
+        if match is not None:
+            return f"no space is left to write ({os.strerror(int(match[1]))})"
     return None

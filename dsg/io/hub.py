@@ -165,10 +165,10 @@ def check_folder(argument: str, name: str, wanted: str = "") -> None:
         UserError: It is one.
     """
     if looks_local(name) and not Path(name).is_dir():
-        found = "a file" if Path(name).exists() else "no such folder"
+        actual = "a file" if Path(name).exists() else "no such folder"
         raise UserError(
             f"`{argument}` must be a Hugging Face folder or hub name{wanted}, got {name!r} "
-            f"({found}); check the spelling and that you may read it."
+            f"({actual}); check the spelling and that you may read it."
         )
 
 
@@ -268,10 +268,10 @@ def _unbuilt(datasets: Any, dataset: str, config: str | None, error: Exception) 
     name, revision = parse_name(dataset)
     if isinstance(error, ValueError):
         with contextlib.suppress(Exception):
-            known = datasets.get_dataset_config_names(name, revision=revision)
-            if config not in known:
+            names = datasets.get_dataset_config_names(name, revision=revision)
+            if config not in names:
                 return UserError(
-                    f"`config` of {dataset!r} must be one of {known}, got {config!r}; choose one."
+                    f"`config` of {dataset!r} must be one of {names}, got {config!r}; choose one."
                 )
     if Path(name).is_dir():
         return UserError(

@@ -110,12 +110,12 @@ def write_results(run_dir: str | Path, rows: Iterable[Mapping[str, Any]]) -> Pat
     for fields in rows:
         candidate = row(**fields)
         identity = tuple(_sort_key(candidate[key]) for key in _IDENTITY)
-        known = unique.setdefault(identity, candidate)
-        if known != candidate:
-            described = {key: known[key] for key in _IDENTITY if known[key] is not None}
+        earlier = unique.setdefault(identity, candidate)
+        if earlier != candidate:
+            described = {key: earlier[key] for key in _IDENTITY if earlier[key] is not None}
             raise UserError(
                 f"Two result rows measure the same thing, {described}, with the values "
-                f"{known['value']} and {candidate['value']}; tell them apart by `experiment`."
+                f"{earlier['value']} and {candidate['value']}; tell them apart by `experiment`."
             )
     lines = [
         json.dumps(unique[identity], ensure_ascii=False, allow_nan=False) + "\n"

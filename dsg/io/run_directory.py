@@ -267,8 +267,8 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
     One that cannot be read, as a full disk leaves it, is passed over with a line in the log.
     """
-    found = directory.rglob("checkpoints/*.ckpt")
-    for path in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True):
+    files = directory.rglob("checkpoints/*.ckpt")
+    for path in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True):
         try:
             read_checkpoint(path)
         except UserError as error:

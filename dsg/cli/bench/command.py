@@ -81,12 +81,12 @@ def _run_guard(options: argparse.Namespace) -> int:
 
     from dsg.io import write_atomically
 
-    found = {"machine": machine_facts(), "options": _plain(options), **_measure(options)}
-    _print_tables(found, Console())
+    measured = {"machine": machine_facts(), "options": _plain(options), **_measure(options)}
+    _print_tables(measured, Console())
     if options.json is not None:
         with writing("--json"):
-            write_atomically(options.json, json.dumps(found, indent=2, sort_keys=True) + "\n")
-    return 0 if found["outputs_agree"] else 1
+            write_atomically(options.json, json.dumps(measured, indent=2, sort_keys=True) + "\n")
+    return 0 if measured["outputs_agree"] else 1
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -155,10 +155,10 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _print_tables(found: dict[str, Any], console: "Console") -> None:
-    options, machine = found["options"], found["machine"]
+def _print_tables(measured: dict[str, Any], console: "Console") -> None:
+    options, machine = measured["options"], measured["machine"]
     shapes = f"d_in {options['d_in']}, d_sae {options['d_sae']}, {options['num_features']} features"
-    active = found["edit"][0]["num_active"]
+    active = measured["edit"][0]["num_active"]
     print_table(
         console,
         f"Dense edit / guard's edit, one triggered sequence ({shapes}, L0 {active:.0f})",
@@ -173,13 +173,13 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
                 f"{row['dense_error']:.1e}",
                 f"{row['sliced_error']:.1e}",
             )
-            for row in found["edit"]
+            for row in measured["edit"]
         ],
         f"Target: {TARGET_RATIO}x at 1024 tokens on a CPU. Eps: float32 rounding of the largest "
         "output. Errors: against the dense edit in float64. Medians: "
         + "; ".join(
             f"{row['dense_seconds'] * 1e3:.1f} ms / {row['sliced_seconds'] * 1e3:.2f} ms"
-            for row in found["edit"]
+            for row in measured["edit"]
         )
         + ".",
     )
@@ -194,10 +194,10 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
                 f"{row['triggered_share']:.2%}",
                 "bit-identical" if row["untriggered_identical"] else "DIFFERS",
             )
-            for row in found["layer"]
+            for row in measured["layer"]
         ],
         "All of the guard's hooks, in the same passes as the layer. Layer: "
-        + "; ".join(f"{row['layer_seconds'] * 1e3:.1f} ms" for row in found["layer"])
+        + "; ".join(f"{row['layer_seconds'] * 1e3:.1f} ms" for row in measured["layer"])
         + ".",
     )
     print_table(
@@ -211,13 +211,13 @@ def _print_tables(found: dict[str, Any], console: "Console") -> None:
                 f"{row['all_activations_bytes'] / 1e9:.2f} GB",
                 f"{row['seconds']:.0f} s",
             )
-            for row in found["memory"]
+            for row in measured["memory"]
         ],
-        f"Highest over lowest: +{found['memory_growth']:.1%}. Measured with d_in "
-        f"{found['memory'][0]['d_in']}; a larger one enlarges the weights only. A fresh process "
+        f"Highest over lowest: +{measured['memory_growth']:.1%}. Measured with d_in "
+        f"{measured['memory'][0]['d_in']}; a larger one enlarges the weights only. A fresh process "
         "each; all activations: what float32 of every token would take.",
     )
-    stop = found["early_stop"]
+    stop = measured["early_stop"]
     console.print(
         f"[bold]Early stop[/bold] behind layer {stop['hook_layer']} of {stop['num_layers']} (from "
         f"0): {stop['ratio']:.2f}x the tokens/s of whole passes "

@@ -66,9 +66,9 @@ def answer_harness(
     ]
     language_model: Any = HFLM
     lm = language_model(model, tokenizer=tokenizer, batch_size=batch_size)
-    found = [log_prob for log_prob, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    log_probs = [log_prob for log_prob, _ in lm.loglikelihood(requests, disable_tqdm=True)]
     num = len(questions[0].options)
-    return [found[start : start + num] for start in range(0, len(found), num)]
+    return [log_probs[start : start + num] for start in range(0, len(log_probs), num)]
 
 
 _ANSWERING: dict[Side, Callable[[Any, Any, Sequence[Question], BatchSize], Scores]] = {
@@ -232,7 +232,7 @@ def compare(
     theirs, ours = runs[places["harness"]], runs[places["ours"]]
     # The first runs warmed up.
     pairs = list(zip(theirs, ours, strict=True))[1:]
-    ratios = [one.seconds / other.seconds for one, other in pairs]
+    ratios = [theirs_run.seconds / other.seconds for theirs_run, other in pairs]
     scores = [torch.tensor(side[0].scores, dtype=torch.float64) for side in (theirs, ours)]
     return Comparison(
         kind=workload.kind,
@@ -250,19 +250,19 @@ def _search(
     side: Side, workload: Workload, batch_sizes: Sequence[BatchSize], repeats: int
 ) -> dict[BatchSize, float]:
     """Shortest time of each batch size, in seconds, until they get much slower."""
-    found: dict[BatchSize, float] = {}
+    shortest: dict[BatchSize, float] = {}
     with Worker(side, workload) as worker:
         for size in batch_sizes:
-            found[size] = worker.run(size).seconds
-            if found[size] > _HOPELESS * min(found.values()):
+            shortest[size] = worker.run(size).seconds
+            if shortest[size] > _HOPELESS * min(shortest.values()):
                 break
         # In rounds: what else the machine does must not hit one batch size only.
         for _ in range(repeats - 1):
-            limit = _HOPELESS * min(found.values())
-            for size, seconds in list(found.items()):
+            limit = _HOPELESS * min(shortest.values())
+            for size, seconds in list(shortest.items()):
                 if seconds <= limit:
-                    found[size] = min(seconds, worker.run(size).seconds)
-    return found
+                    shortest[size] = min(seconds, worker.run(size).seconds)
+    return shortest
 
 
 def _cost(
@@ -272,7 +272,7 @@ def _cost(
     return SideCost(
         side=side,
         batch_size=best,
-        searched={str(size): found for size, found in searched.items()},
+        searched={str(size): times for size, times in searched.items()},
         seconds=median(seconds),
         lowest_seconds=min(seconds),
         highest_seconds=max(seconds),

@@ -96,20 +96,20 @@ def _run(options: argparse.Namespace, directory: Path | None) -> int:
     from dsg.io import write_atomically
 
     named = ("d_model", "num_layers", "vocab_size", "questions", "batch_sizes", "repeats", "seed")
-    found = {
+    measured = {
         "machine": machine_facts(),
         "options": {name: getattr(options, name) for name in named},
         "comparisons": _measure(options),
     }
-    found["answers_agree"] = all(
-        one["same_answers"] and one["largest_difference"] < TOLERANCE
-        for one in found["comparisons"]
+    measured["answers_agree"] = all(
+        comparison["same_answers"] and comparison["largest_difference"] < TOLERANCE
+        for comparison in measured["comparisons"]
     )
-    _print_tables(found, Console())
+    _print_tables(measured, Console())
     if directory is not None:
-        text = json.dumps(found, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(measured, indent=2, sort_keys=True) + "\n"
         write_atomically(directory / "bench.json", text)
-    return 0 if found["answers_agree"] else 1
+    return 0 if measured["answers_agree"] else 1
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -150,30 +150,30 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     from dsg.cli.bench.questions import Workload
 
     shapes = (options.d_model, options.num_layers, options.vocab_size, options.seed)
-    found = []
+    comparisons = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("bench harness", total=len(_TITLES))
         for kind in ("letter", "cloze"):
             progress.update(bar, description=f"{kind} questions")
             workload = Workload(kind, options.questions, *shapes)
-            found.append(asdict(compare(workload, options.batch_sizes, options.repeats)))
+            comparisons.append(asdict(compare(workload, options.batch_sizes, options.repeats)))
             progress.advance(bar)
-    return found
+    return comparisons
 
 
-def _print_tables(found: dict[str, Any], console: "Console") -> None:
-    options, machine = found["options"], found["machine"]
-    for one in found["comparisons"]:
+def _print_tables(measured: dict[str, Any], console: "Console") -> None:
+    options, machine = measured["options"], measured["machine"]
+    for comparison in measured["comparisons"]:
         print_table(
             console,
-            _TITLES[one["kind"]],
+            _TITLES[comparison["kind"]],
             ("", "batch size", "seconds", "range", "questions/s", "peak memory"),
             [
-                _row("harness", one["harness"], one["num_questions"]),
-                _row("dsg", one["ours"], one["num_questions"]),
-                _row("dsg, same batch", one["ours_alike"], one["num_questions"]),
+                _row("harness", comparison["harness"], comparison["num_questions"]),
+                _row("dsg", comparison["ours"], comparison["num_questions"]),
+                _row("dsg, same batch", comparison["ours_alike"], comparison["num_questions"]),
             ],
-            _verdict(one),
+            _verdict(comparison),
         )
     console.print(
         f"Random Gemma 2: {options['num_layers']} layers, width {options['d_model']}, "

@@ -75,8 +75,8 @@ def word_tokenizer(vocab_size: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    known = (*_SPECIAL, *_FIXED)
-    words = [*known, *(f"w{index}" for index in range(vocab_size - len(known)))]
+    fixed = (*_SPECIAL, *_FIXED)
+    words = [*fixed, *(f"w{index}" for index in range(vocab_size - len(fixed)))]
     places = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(places, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore

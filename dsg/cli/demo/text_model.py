@@ -173,12 +173,12 @@ def _continuations(model_folder: Path, data: Any) -> dict[str, Any]:
     from dsg.lm import load_model
 
     model = load_model(str(model_folder))
-    found = {}
+    rouge = {}
     for part in ("memorised", "unseen"):
         data.part = part
         texts = [passage.text for passage in data.passages("validation")]
-        found[part] = continuation_rouge(model, data.tokenizer, texts)
-    return found
+        rouge[part] = continuation_rouge(model, data.tokenizer, texts)
+    return rouge
 
 
 def _train_sae(folder: Path, data: Any, seed: int, sizes: Sizes) -> None:

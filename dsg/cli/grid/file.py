@@ -220,12 +220,12 @@ def check_keys(raw: Any) -> None:
     for section, kind in (("methods", Method), ("attacks", Attack), ("sequences", Sequence)):
         entries = raw.get(section) if isinstance(raw, Mapping) else None
         for name, entry in entries.items() if isinstance(entries, Mapping) else ():
-            known = [item.name for item in fields(kind)]
-            unknown = sorted(set(entry) - set(known)) if isinstance(entry, Mapping) else []
+            allowed = [item.name for item in fields(kind)]
+            unknown = sorted(set(entry) - set(allowed)) if isinstance(entry, Mapping) else []
             if unknown:
                 raise UserError(
                     f"`{section}.{name}` has the unknown entry {unknown[0]!r}; "
-                    f"use only {', '.join(known)}."
+                    f"use only {', '.join(allowed)}."
                 )
 
 

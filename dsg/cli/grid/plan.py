@@ -141,7 +141,7 @@ class Plan:
 
     def attacks(self, run_dir: Path) -> list[Attacked]:
         """Each attack with each learning rate, on test facts."""
-        found = []
+        runs = []
         for place, attacked in product(self.places, self.benchmark.attacked):
             name, mode = split_mode(attacked)
             source = self._source(place, name, run_dir)
@@ -154,8 +154,8 @@ class Plan:
                     config = changed(config, tracked(self.name, cell_name))
                     after = [source.digest] if source.command != "test" else []
                     cell = Cell(cell_name, "fit", config, after)
-                    found.append(Attacked(place, name, mode, attack, lr, cell))
-        return found
+                    runs.append(Attacked(place, name, mode, attack, lr, cell))
+        return runs
 
     def choice(self, place: Place, name: str, run_dir: Path) -> tuple[Choice, list[Try]] | None:
         """What was chosen for a method and from which tries; None where tuning has failed.
@@ -199,7 +199,7 @@ class Plan:
         return read_run_facts(cell.folder(run_dir)).get("unlearn_seconds")
 
     def _of_kind(self, kind: Kind) -> list[str]:
-        return [name for name, found in self.kinds.items() if found == kind]
+        return [name for name, own in self.kinds.items() if own == kind]
 
     @property
     def base(self) -> str:
@@ -226,19 +226,19 @@ class Plan:
         method = self.methods[name]
         if not (method.grid or method.epochs):
             return []
-        found = []
+        tries = []
         for values in combinations(method.grid):
             epochs = {EPOCHS_KEY: max(method.epochs)} if method.epochs else {}
             config = changed(self._config(method, place, {**values, **epochs}), quiet())
             config = changed(config, {"data.init_args.val_split": "validation"})
-            found.append((values, Cell(f"{place}/tune/{name}/{label(values)}", "fit", config)))
-        return found
+            tries.append((values, Cell(f"{place}/tune/{name}/{label(values)}", "fit", config)))
+        return tries
 
     def _chosen_fit(self, place: Place, name: str, run_dir: Path) -> Cell | None:
-        found = self.choice(place, name, run_dir)
-        if found is None:
+        choice = self.choice(place, name, run_dir)
+        if choice is None:
             return None
-        config = self._config(self.methods[name], place, found[0].settings)
+        config = self._config(self.methods[name], place, choice[0].settings)
         config = changed(config, {"trainer.limit_val_batches": 0, **quiet()})
         return Cell(f"{place}/unlearn/{name}", "fit", config)
 

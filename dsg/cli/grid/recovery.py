@@ -95,9 +95,9 @@ def sum_up(attacks: Sequence[Attacked], run_dir: Path, base: str) -> Recovery:
 def _below_guard(rows: Rows | None, base: str) -> Rows:
     """Rows of the model that an attacker trained who never saw its guard."""
     return [
-        {**found, "method": base, "mode": None, "guard": "none"}
-        for found in rows or ()
-        if (found["mode"], found["guard"]) == ("test_time", "off")
+        {**measurement, "method": base, "mode": None, "guard": "none"}
+        for measurement in rows or ()
+        if (measurement["mode"], measurement["guard"]) == ("test_time", "off")
     ]
 
 
@@ -118,34 +118,34 @@ def collateral_damage(rows: Rows, base_rows: Rows, *, is_base: bool) -> Rows:
         One row per method and state of the guard; none where no facts are told apart.
     """
     place = {"domain": UNSHOWN}
-    states = {found["guard"] for found in rows}
+    states = {state["guard"] for state in rows}
     try:
         weights = accuracy_curve(rows, guard="off" if "off" in states else "none", **place)
         intact = weights[0] if is_base else accuracy_curve(base_rows, guard="none", **place)[-1]
     except UserError:
         return []
     value = {"metric": COLLATERAL, "value": intact - weights[-1]}
-    return [_row(rows, **found, **place, **value) for found in _methods_and_states(rows)]
+    return [_row(rows, **state, **place, **value) for state in _methods_and_states(rows)]
 
 
 def _measured(rows: Rows, base_rows: Rows) -> Rows:
     """Area under the recovery and epochs to half of it, per domain and state of the guard."""
     measured = []
-    for found in _methods_and_states(rows):
+    for state in _methods_and_states(rows):
         for domain in DOMAINS:
             try:
-                curve = accuracy_curve(rows, **found, domain=domain)
-                known = accuracy_curve(base_rows, guard="none", domain=domain)[0]
+                curve = accuracy_curve(rows, **state, domain=domain)
+                intact = accuracy_curve(base_rows, guard="none", domain=domain)[0]
             except UserError:  # not every data set tells shown facts from others
                 continue
             for metric, measure in ((AREA, area_under_recovery), (HALF, epochs_to_half)):
-                value = {"metric": metric, "value": measure(curve, known)}
-                measured.append(_row(rows, **found, domain=domain, **value))
+                value = {"metric": metric, "value": measure(curve, intact)}
+                measured.append(_row(rows, **state, domain=domain, **value))
     return measured
 
 
 def _methods_and_states(rows: Rows) -> list[dict[str, str]]:
-    pairs = sorted({(found["method"], found["guard"]) for found in rows})
+    pairs = sorted({(measurement["method"], measurement["guard"]) for measurement in rows})
     return [{"method": method, "guard": state} for method, state in pairs]
 
 
@@ -157,8 +157,8 @@ def _row(rows: Rows, **fields: Any) -> dict[str, Any]:
 
 def _served(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
     """The columns of the accuracy that the attacker aims at, as users of the model see it."""
-    guarded = any(found["guard"] == "on" for found in rows)
-    told_apart = any(found["domain"] == SHOWN for found in rows)
+    guarded = any(measurement["guard"] == "on" for measurement in rows)
+    told_apart = any(measurement["domain"] == SHOWN for measurement in rows)
     return {"guard": "on" if guarded else "none", "domain": SHOWN if told_apart else "forget"}
 
 
@@ -168,9 +168,9 @@ def _attempt(
     place: Place = attacker.place
     served = {"method": attacker.method, **_served(rows)}
     recovered = {
-        found["metric"]: found["value"]
-        for found in measured
-        if all(found[name] == value for name, value in served.items())
+        measurement["metric"]: measurement["value"]
+        for measurement in measured
+        if all(measurement[name] == value for name, value in served.items())
     }
     return {
         "seed": place.seed,
@@ -204,11 +204,11 @@ def score_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
         utility, or which was not measured on both halves.
     """
     by_seed: dict[Any, list[Row]] = {}
-    for found in rows:
-        if found["metric"] == "accuracy" and found["protocol"] in PROTOCOLS:
-            by_seed.setdefault(found["seed"], []).append(found)
+    for measurement in rows:
+        if measurement["metric"] == "accuracy" and measurement["protocol"] in PROTOCOLS:
+            by_seed.setdefault(measurement["seed"], []).append(measurement)
     scored = [_score(seed, measured) for seed, measured in by_seed.items()]
-    return [found for found in scored if found is not None]
+    return [measurement for measurement in scored if measurement is not None]
 
 
 def _score(seed: Any, rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -230,7 +230,11 @@ def _score(seed: Any, rows: Sequence[Row]) -> dict[str, Any] | None:
     if scored is None:
         return None
     setting, score = scored
-    like = next(found for found in rows if found["guard"] == "on" and found["domain"] == "forget")
+    like = next(
+        measurement
+        for measurement in rows
+        if measurement["guard"] == "on" and measurement["domain"] == "forget"
+    )
     return row(
         **{
             **like,
@@ -245,17 +249,21 @@ def _score(seed: Any, rows: Sequence[Row]) -> dict[str, Any] | None:
 
 def _outcomes(rows: Sequence[Row], split: str, guard: str) -> dict[str, Outcome]:
     """Outcome of each setting that has both accuracies."""
-    found: dict[str, dict[str, Row]] = {}
-    for one in rows:
-        if (one["split"], one["guard"]) == (split, guard) and one["domain"] in ("forget", "retain"):
-            found.setdefault(one["experiment"], {})[one["domain"]] = one
+    by_setting: dict[str, dict[str, Row]] = {}
+    for measurement in rows:
+        if (measurement["split"], measurement["guard"]) == (split, guard) and measurement[
+            "domain"
+        ] in ("forget", "retain"):
+            by_setting.setdefault(measurement["experiment"], {})[measurement["domain"]] = (
+                measurement
+            )
     return {
         name: Outcome(
             both["forget"]["value"] * both["forget"]["n"],
             both["forget"]["n"],
             both["retain"]["value"],
         )
-        for name, both in found.items()
+        for name, both in by_setting.items()
         if len(both) == 2
     }
 

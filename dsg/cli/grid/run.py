@@ -84,8 +84,8 @@ class Rounds:
             f"{len(cells) - len(done)} failed": len(done) < len(cells),
             f"{time.monotonic() - started:.0f} s": bool(waiting),
         }
-        told = ", ".join(text for text, is_said in counts.items() if is_said)
-        self._console.print(f"[bold]{title}[/bold]  {told}", highlight=False)
+        summary = ", ".join(text for text, holds in counts.items() if holds)
+        self._console.print(f"[bold]{title}[/bold]  {summary}", highlight=False)
 
     def print_failures(self) -> int:
         """Say why cells have failed; returns the exit status that this means."""
@@ -126,12 +126,12 @@ def run_grid(grid: Grid, path: Path, run_dir: Path, jobs: int, console: Console)
     write_run_facts(run_dir, {**facts, "seconds": rounds.seconds, "failures": rounds.failures})
     if isinstance(grid, Sweep):
         console.print(sweep_table(lines))
-        for found in rows:
-            if found["metric"] == UNLEARNING_SCORE:
+        for score in rows:
+            if score["metric"] == UNLEARNING_SCORE:
                 console.print(
-                    f"unlearning score {found['value']:.3f} [{found['low']:.3f}, "
-                    f"{found['high']:.3f}] (seed {found['seed']}, n {found['n']}), chosen on "
-                    f"validation questions: {found['experiment']}",
+                    f"unlearning score {score['value']:.3f} [{score['low']:.3f}, "
+                    f"{score['high']:.3f}] (seed {score['seed']}, n {score['n']}), chosen on "
+                    f"validation questions: {score['experiment']}",
                     highlight=False,
                 )
     elif rows:
@@ -159,10 +159,10 @@ def _run_sweep(grid: Sweep, config: Config, rounds: Rounds) -> list[dict[str, An
     _prepare(first, [cell for *_, cell in cells])
     rounds.run("sweep", [cell for *_, cell in cells])
     rows = [
-        {**found, "experiment": name, "seed": seed}
+        {**measurement, "experiment": name, "seed": seed}
         for name, seed, cell in cells
         if cell.is_finished(rounds.run_dir)
-        for found in cell.rows(rounds.run_dir)
+        for measurement in cell.rows(rounds.run_dir)
     ]
     return [*rows, *score_rows(rows)] if in_halves else rows
 
@@ -192,7 +192,7 @@ def run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], lis
         names = {name} if method.draws == 1 else {f"{name}_{i}" for i in range(method.draws)}
         measured = _rows([c for c in evaluations if c.name.rsplit("/", 1)[1] in names], run_dir)
         rows += measured if method.draws == 1 else mean_over_draws(measured, name, method.draws)
-    rows = [{**found, "experiment": plan.name} for found in rows]
+    rows = [{**measurement, "experiment": plan.name} for measurement in rows]
     times = _times(plan, run_dir)
     write_drawn(
         run_dir,
@@ -208,7 +208,7 @@ def run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], lis
 
 def _rows(cells: Iterable[Cell], run_dir: Path) -> list[dict[str, Any]]:
     done = [cell for cell in cells if cell.is_finished(run_dir)]
-    return [found for cell in done for found in cell.rows(run_dir)]
+    return [measurement for cell in done for measurement in cell.rows(run_dir)]
 
 
 def _densities(plan: Plan, run_dir: Path) -> dict[str, Densities]:
@@ -251,22 +251,22 @@ def _tries(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
     lines = []
     for place in plan.places:
         for name in plan.kinds:
-            found = plan.choice(place, name, run_dir)
-            for settings, scores in found[1] if found else ():
+            choice = plan.choice(place, name, run_dir)
+            for settings, scores in choice[1] if choice else ():
                 lines.append(
                     {"seed": place.seed, "forget_domain": place.domain, "method": name}
                     | {"settings": label(settings), **scores}
-                    | {"chosen": settings == found[0].settings if found else False}
+                    | {"chosen": settings == choice[0].settings if choice else False}
                 )
     return lines
 
 
 def _chosen(plan: Plan, run_dir: Path) -> list[ChosenSettings]:
     """What was chosen for the first seed and domain, for the report."""
-    found = {name: plan.choice(plan.places[0], name, run_dir) for name in plan.kinds}
+    choices = {name: plan.choice(plan.places[0], name, run_dir) for name in plan.kinds}
     return [
         ChosenSettings(name, _short(choice[0].settings), choice[0].tried, choice[0].validation)
-        for name, choice in found.items()
+        for name, choice in choices.items()
         if choice and choice[1]
     ]
 

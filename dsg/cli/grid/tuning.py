@@ -35,7 +35,7 @@ Try = tuple[dict[str, Any], dict[str, float]]
 
 def best(tries: Sequence[Try]) -> Choice:
     """The try with the highest alignment; the earlier one of equals."""
-    settings, validation = max(tries, key=lambda one: one[1]["alignment"])
+    settings, validation = max(tries, key=lambda pair: pair[1]["alignment"])
     return Choice(settings, validation, len(tries))
 
 
@@ -49,7 +49,7 @@ def validation_scores(rows: Iterable[Mapping[str, Any]], epoch: int | None) -> d
     Raises:
         UserError: The run measured none of them then, or on other facts.
     """
-    found = {
+    measured = {
         (row["domain"], row["metric"]): row["value"]
         for row in rows
         if (row["epoch"], row["protocol"], row["split"]) == (epoch, "cloze", "validation")
@@ -57,9 +57,9 @@ def validation_scores(rows: Iterable[Mapping[str, Any]], epoch: int | None) -> d
     }
     try:
         return {
-            "alignment": found["forget", "alignment"],
-            "forget_accuracy": found["forget", "accuracy"],
-            "retain_accuracy": found["retain", "accuracy"],
+            "alignment": measured["forget", "alignment"],
+            "forget_accuracy": measured["forget", "accuracy"],
+            "retain_accuracy": measured["retain", "accuracy"],
         }
     except KeyError as error:
         domain, metric = error.args[0]
@@ -114,21 +114,24 @@ class GuardTuner:
             settings: What stays fixed.
             grid: Values to try, by the name of the setting.
         """
-        found_by_try: list[Try] = []
+        tried: list[Try] = []
         # A grid asks for more features than some rule may leave; what was taken is in the guard.
         logging.getLogger("dsg.selection.rules").setLevel(logging.ERROR)
         for varied in track(combinations(grid), f"choosing {settings.method}", transient=True):
-            found = self._accuracies(self.make(replace(settings, **varied)))
+            accuracies = self._accuracies(self.make(replace(settings, **varied)))
             score = alignment(
-                found["retain"], found["forget"], self._base["retain"], self._base["forget"]
+                accuracies["retain"],
+                accuracies["forget"],
+                self._base["retain"],
+                self._base["forget"],
             )
             validation = {
                 "alignment": score,
-                "forget_accuracy": found["forget"],
-                "retain_accuracy": found["retain"],
+                "forget_accuracy": accuracies["forget"],
+                "retain_accuracy": accuracies["retain"],
             }
-            found_by_try.append((varied, validation))
-        return found_by_try
+            tried.append((varied, validation))
+        return tried
 
     def _accuracies(self, guard: Guard | None) -> dict[str, float]:
         correct = score_all(self._maker.model, self._batches, guard)["correct"]
