@@ -2,12 +2,9 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from transformers import PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.evaluation import AnyGuard, Measurement, PerSample, Values, write_items
@@ -29,20 +26,20 @@ from dsg.evaluation.benchmarks.mt_bench.scores import (
     measure_generations,
     measure_ratings,
 )
-from dsg.guard import Guard, GuardSettings
-from dsg.io import read_run_facts, row, write_atomically, write_results, write_run_facts
-from dsg.lm import load_model, short_name
-from lightning_modules.parts.guards import describe, make_guard, method_of
-from lightning_modules.parts.measuring import Labels, metric_key
-from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import Reads, data_of
+from dsg.guard import GuardSettings
+from dsg.io import row, write_atomically, write_results
+from dsg.lm import unwrap
+from lightning_modules.parts.distributed import gather_objects
+from lightning_modules.parts.measuring import metric_key
+from lightning_modules.parts.protocols import data_of
+from lightning_modules.parts.run import Run
 
 CONVERSATION_DATA = ("name", "tokenizer", "conversations")
 
 AnswersById = dict[int, tuple[str, str]]
 
 
-class ConversationModule(lightning.LightningModule):
+class ConversationModule(Run):
     """Generates both answers of each conversation, without and with the guard, and grades them.
 
     The run directory keeps the answers (`answers_<state>.jsonl`, which FastChat's own grading reads
@@ -58,13 +55,10 @@ class ConversationModule(lightning.LightningModule):
         guard: How to make or load the guard, or None to evaluate the model as it is.
         judge: Who grades; None generates only.
         max_new_tokens: Longest answer, in tokens, as published.
-        method: The `method` column; None takes the guard's, or `base`.
-        experiment: The `experiment` column.
-        seed: The `seed` column.
-        model_label: The `model` column; None takes the model's name.
+        labels: Those of `Run`.
     """
 
-    reads: Reads = "evaluate"
+    kind = "mt_bench"
 
     def __init__(
         self,
@@ -72,49 +66,32 @@ class ConversationModule(lightning.LightningModule):
         guard: GuardSettings | None = None,
         judge: JudgeSettings | None = None,
         max_new_tokens: int = 1024,
-        method: str | None = None,
-        experiment: str = "mt_bench",
-        seed: int | None = None,
-        model_label: str | None = None,
+        **labels: Any,
     ) -> None:
-        super().__init__()
-        self.model_name = model_name
-        self.guard_settings = guard
+        super().__init__(model_name, guard, **labels)
         self.judge_settings = judge
         self.max_new_tokens = max_new_tokens
-        self.method = method or ""
-        self.experiment = experiment
-        self.seed = seed
-        self.model_label = model_label or short_name(model_name)
-        self.model: PreTrainedModel | None = None
-        self.guard: Guard | None = None
         self._grader: Grader | None = None
         self._metrics: dict[str, PerSample] = {}
         self._answers: dict[str, AnswersById] = {}
 
     def configure_model(self) -> None:
-        """Find out whether the judge can be asked, load the model and make the guard, once."""
-        if self.model is not None:
-            return
-        use_precision(self.trainer)
-        if self.judge_settings is not None:
+        """Ask whether the judge can be asked, load the model and make the guard, once."""
+        if self.model is None and self.judge_settings is not None:
             self._grader = Grader(self.judge_settings)
             if self.trainer.is_global_zero:
                 self._grader.check()
-        self.model = load_model(self.model_name)
-        if self.guard_settings is not None:
-            self.guard = make_guard(self.guard_settings, self.model, self.trainer)
-        self.method = self.method or method_of(self.guard)
+        super().configure_model()
 
     def on_test_start(self) -> None:
         """Begin, if there is room for both answers of every conversation."""
-        assert self.model is not None
         if self.max_new_tokens < 1:
             raise UserError(
                 f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}; raise it."
             )
         data = data_of(self.trainer, *CONVERSATION_DATA)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        config = unwrap(self.model).config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
         if context is not None:
             check_room(data.tokenizer, data.conversations(), self.max_new_tokens, context)
         states = ("none",) if self.guard is None else ("off", "on")
@@ -143,35 +120,34 @@ class ConversationModule(lightning.LightningModule):
         """Gather all ranks' answers; rank zero has them judged and writes everything."""
         data = data_of(self.trainer, *CONVERSATION_DATA)
         values = {state: metric.by_id() for state, metric in self._metrics.items()}
-        gathered = {state: _gathered(answers) for state, answers in self._answers.items()}
+        gathered: dict[str, AnswersById] = {
+            state: {id: text for part in gather_objects(answers) for id, text in part.items()}
+            for state, answers in self._answers.items()
+        }
         if not self.trainer.is_global_zero:
             return
         conversations: list[Conversation] = data.conversations()
         answers: dict[str, Answers] = {
-            state: [found[conversation.id] for conversation in conversations]
-            for state, found in gathered.items()
+            state: [texts[conversation.id] for conversation in conversations]
+            for state, texts in gathered.items()
         }
-        folder = Path(self.trainer.default_root_dir)
-        for state, said in answers.items():
-            lines = answer_rows(self.model_label, conversations, said)
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_atomically(folder / f"answers_{state}.jsonl", text)
-        assert self.model is not None
-        told = describe(self.model, self.guard)
-        write_run_facts(folder, {**read_run_facts(folder), **told})
+        for state, texts in answers.items():
+            lines = answer_rows(self.model_label, conversations, texts)
+            content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_atomically(self.run_dir / f"answers_{state}.jsonl", content)
+        self.add_facts(self.describe())
         # Before the grading, so that a killed one leaves them.
         self._write_items(conversations, answers, values, {})
         ratings: dict[str, Ratings] = {}
         if self._grader is not None:
-            ratings, facts = self._grader.grade(folder, conversations, answers)
-            write_run_facts(folder, {**read_run_facts(folder), "judge": facts})
+            ratings, facts = self._grader.grade(self.run_dir, conversations, answers)
+            self.add_facts({"judge": facts})
         self._write_items(conversations, answers, values, ratings)
-        self._write_results(data, conversations, values, ratings)
+        self._write_results(conversations, values, ratings)
 
     def _hold(
         self, batch: ConversationBatch, guard: AnyGuard | None
     ) -> tuple[list[tuple[str, str]], Values]:
-        assert self.model is not None
         tokenizer = data_of(self.trainer, "tokenizer").tokenizer
         return hold(self.model, tokenizer, batch.conversations, self.max_new_tokens, guard)
 
@@ -190,43 +166,35 @@ class ConversationModule(lightning.LightningModule):
         ratings: dict[str, Ratings],
     ) -> None:
         rows: list[dict[str, Any]] = []
-        for state, said in answers.items():
-            rows += item_rows(state, conversations, said, values[state], ratings.get(state))
-        write_items(self.trainer.default_root_dir, rows)
+        for state, texts in answers.items():
+            rows += item_rows(state, conversations, texts, values[state], ratings.get(state))
+        write_items(self.run_dir, rows)
 
     def _write_results(
         self,
-        data: Any,
         conversations: list[Conversation],
         values: dict[str, Values],
         ratings: dict[str, Ratings],
     ) -> None:
-        labels = Labels(self.experiment, self.method, self.model_label, data.name, seed=self.seed)
         rows: list[dict[str, Any]] = []
         logged: dict[str, float] = {}
         own = values["none" if self.guard is None else "off"]
-        for state, of in values.items():
-            found: list[Measurement] = measure_generations(
-                of, own, guarded=state == "on", max_new_tokens=self.max_new_tokens
+        for state, per_sample in values.items():
+            measured: list[Measurement] = measure_generations(
+                per_sample, own, guarded=state == "on", max_new_tokens=self.max_new_tokens
             )
-            logged |= {metric_key(one, "test", state): one.value for one in found}
+            logged |= {metric_key(number, "test", state): number.value for number in measured}
             if self._grader is not None:
                 judged = measure_ratings(conversations, ratings[state], self._grader.protocol)
-                # One judge per run: its name would only make the logged keys long.
-                keys = [metric_key(replace(one, protocol=""), "test", state) for one in judged]
-                logged |= {key: one.value for key, one in zip(keys, judged, strict=True)}
-                found += judged
-            rows += [row(**vars(labels), **vars(one), guard=state, split="test") for one in found]
-        # Not through `LightningModule.log`, which would average over batches and ranks.
-        for logger in self.trainer.loggers:
-            logger.log_metrics(logged)
-        write_results(self.trainer.default_root_dir, rows)
-
-
-def _gathered(answers: AnswersById) -> AnswersById:
-    """The answers of all ranks; every rank must call this."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return answers
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, answers)
-    return {key: said for part in parts for key, said in part.items()}
+                # A run has a single judge: its name would only make the logged keys long.
+                keys = [
+                    metric_key(replace(rating, protocol=""), "test", state) for rating in judged
+                ]
+                logged |= {key: rating.value for key, rating in zip(keys, judged, strict=True)}
+                measured += judged
+            rows += [
+                row(**self.labels(), **vars(number), guard=state, split="test")
+                for number in measured
+            ]
+        self.log_numbers(logged)
+        write_results(self.run_dir, rows)

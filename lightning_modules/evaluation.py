@@ -1,22 +1,15 @@
 """Evaluates a model with and without its guard: `test`, and `validate` for choosing settings."""
 
-from typing import Literal
-
-import lightning
-from transformers import PreTrainedModel
+from typing import Any, Literal
 
 from dsg.errors import UserError
-from dsg.evaluation import AnyBatch
-from dsg.guard import Guard, GuardSettings
-from dsg.io import read_run_facts, write_run_facts
-from dsg.lm import load_model, short_name
-from lightning_modules.parts.guards import describe, make_guard, method_of
-from lightning_modules.parts.measuring import Labels, Measurer
-from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import EVALUATION_DATA, Reads, Split, data_of
+from dsg.guard import GuardSettings
+from dsg.lm import load_model
+from lightning_modules.parts.measuring import Measured
+from lightning_modules.parts.protocols import EVALUATION_DATA, Split, data_of
 
 
-class EvaluationModule(lightning.LightningModule):
+class EvaluationModule(Measured):
     """One method on one model: accuracy, trigger rates, density AUROC, perplexity, alignment.
 
     Args:
@@ -24,48 +17,26 @@ class EvaluationModule(lightning.LightningModule):
         guard: How to make the guard, or None to evaluate the model as it is.
         base_model_name: The model against which the alignment score is computed; needed for a model
             whose weights were changed, None for the unguarded model itself.
-        method: The `method` column; None takes the guard's, or `base`.
-        experiment: The `experiment` column.
-        seed: The `seed` column.
-        model_label: The `model` column; None takes the model's name.
+        labels: Those of `Run`.
     """
 
-    reads: Reads = "evaluate"
+    kind = "evaluation"
 
     def __init__(
         self,
         model_name: str,
         guard: GuardSettings | None = None,
         base_model_name: str | None = None,
-        method: str | None = None,
-        experiment: str = "evaluation",
-        seed: int | None = None,
-        model_label: str | None = None,
+        **labels: Any,
     ) -> None:
-        super().__init__()
-        self.model_name = model_name
-        self.guard_settings = guard
+        super().__init__(model_name, guard, **labels)
         self.base_model_name = base_model_name
-        self.method = method or ""
-        self.experiment = experiment
-        self.seed = seed
-        self.model_label = model_label or short_name(model_name)
-        self.measurer = Measurer()
-        self.model: PreTrainedModel | None = None
-        self.base_model: PreTrainedModel | None = None
-        self.guard: Guard | None = None
 
     def configure_model(self) -> None:
         """Load the models and make the guard, once."""
-        if self.model is not None:
-            return
-        use_precision(self.trainer)
-        self.model = load_model(self.model_name)
-        if self.base_model_name is not None:
+        super().configure_model()
+        if self.base_model_name is not None and self.base_model is None:
             self.base_model = load_model(self.base_model_name)
-        if self.guard_settings is not None:
-            self.guard = make_guard(self.guard_settings, self.model, self.trainer)
-        self.method = self.method or method_of(self.guard)
 
     def setup(self, stage: str) -> None:
         """Refuse data without anything to evaluate, which the Trainer would pass over in silence.
@@ -81,55 +52,23 @@ class EvaluationModule(lightning.LightningModule):
                 "more."
             )
 
-    def on_validation_start(self) -> None:
-        """Begin an evaluation on the split that the data module validates on."""
-        self._start(data_of(self.trainer, *EVALUATION_DATA).val_split)
+    test_step = Measured.validation_step
 
     def on_test_start(self) -> None:
         """Begin an evaluation on the test split."""
-        self._start("test")
-
-    def validation_step(
-        self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Score a batch."""
-        del batch_idx, dataloader_idx
-        self._step(batch)
-
-    def test_step(self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch."""
-        del batch_idx, dataloader_idx
-        self._step(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Write the results."""
-        self._finish("val")
+        self.begin("test")
 
     def on_test_epoch_end(self) -> None:
         """Write the results."""
-        self._finish("test")
+        self.finish("test")
 
-    def _start(self, split: Split) -> None:
-        data = data_of(self.trainer, *EVALUATION_DATA)
+    def begin(self, split: Split, **options: Any) -> None:
+        """Begin an evaluation, without what an earlier one has measured."""
         self.measurer.baseline = None
-        self.measurer.start(data, split, self.guard, self.base_model)
+        super().begin(split, base_model=self.base_model, **options)
 
-    def _step(self, batch: AnyBatch | None) -> None:
-        assert self.model is not None
-        self.measurer.update(self.model, batch, self.guard)
-
-    def _finish(self, stage: Literal["val", "test"]) -> None:
-        labels = Labels(
-            experiment=self.experiment,
-            method=self.method,
-            model=self.model_label,
-            dataset=data_of(self.trainer, "name").name,
-            seed=self.seed,
-        )
-        self.measurer.finish(self.trainer, labels, stage=stage)
+    def finish(self, stage: Literal["val", "test"], step: int = 0, **options: Any) -> None:
+        """Write the results, the values of every item, and what was evaluated."""
+        super().finish(stage, step, **options)
         self.measurer.write_items(self.trainer)
-        if self.trainer.is_global_zero:
-            assert self.model is not None
-            run_dir = self.trainer.default_root_dir
-            facts = describe(self.model, self.guard)
-            write_run_facts(run_dir, {**read_run_facts(run_dir), **facts})
+        self.add_facts(self.describe())

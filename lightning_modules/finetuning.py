@@ -7,26 +7,15 @@ import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.lm import (
-    LORA_TARGETS,
-    TokenBatch,
-    finite_loss,
-    load_plain_model,
-    make_trainable,
-    mean_nll,
-    next_token_logits,
-    trainable_weights,
-)
-from lightning_modules.parts.distributed import exclude_frozen_from_ddp
-from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import Reads
-from lightning_modules.parts.resuming import check_same_run, restore_rng, rng_states
-from lightning_modules.parts.saving import keep_trainable, save_model_folder
+from dsg.lm import TokenBatch, finite_loss, mean_nll, next_token_logits
+from lightning_modules.parts.saving import save_model_folder
+from lightning_modules.parts.training import Trainable
 
 
-class FinetuningModule(lightning.LightningModule):
+class FinetuningModule(Trainable):
     """Teaches a model a text; nothing is evaluated.
 
     The data module's `train_dataloader` yields `TokenBatch`es whose token mask tells which tokens
@@ -34,80 +23,43 @@ class FinetuningModule(lightning.LightningModule):
 
     Args:
         model_name: Hugging Face folder or hub name of the model; an adapter is merged first.
-        adapter: `full` trains every weight, `lora` a new adapter, which stays unmerged.
-        lr: Highest learning rate of AdamW, above 0.
-        weight_decay: Decoupled weight decay.
         schedule: What follows the warm-up: `constant`, or `linear` down to 0.
         warmup_fraction: Share of the optimizer steps with a linearly rising learning rate, in
             `[0, 1)`.
-        lora_rank: Rank of the adapter.
-        lora_alpha: Scale of the adapter (`lora_alpha / lora_rank` times its output).
-        lora_targets: Names of the linear layers that get an adapter.
+        settings: Those of `Trainable`; `lr` is the highest learning rate.
 
     Raises:
         UserError: `lr` or `warmup_fraction` is out of range.
     """
 
-    reads: Reads = "finetune"
-    keeps_rest: bool = False
+    reads = "finetune"
 
     def __init__(
         self,
         model_name: str,
-        adapter: Literal["full", "lora"] = "full",
-        lr: float = 1e-5,
-        weight_decay: float = 0.0,
         schedule: Literal["constant", "linear"] = "constant",
         warmup_fraction: float = 0.0,
-        lora_rank: int = 8,
-        lora_alpha: float = 16.0,
-        lora_targets: list[str] | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        if not 0.0 < lr < float("inf"):
-            raise UserError(f"`lr` must be finite and above 0, got {lr}; try 1e-5.")
+        super().__init__(**settings)
         if not 0.0 <= warmup_fraction < 1.0:
             raise UserError(f"`warmup_fraction` must be in [0, 1), got {warmup_fraction}; try 0.1.")
         self.model_name = model_name
-        self.adapter: Literal["full", "lora"] = adapter
-        self.lr = lr
-        self.weight_decay = weight_decay
         self.schedule: Literal["constant", "linear"] = schedule
         self.warmup_fraction = warmup_fraction
-        self.lora_rank = lora_rank
-        self.lora_alpha = lora_alpha
-        self.lora_targets = list(lora_targets or LORA_TARGETS)
-        # A checkpoint holds only what training changed.
-        self.strict_loading = False
-        self.model: nn.Module | None = None
+        self.register_module("model", None)
 
-    def configure_model(self) -> None:
-        """Load the model and choose the weights that train, once."""
-        if self.model is not None:
-            return
-        use_precision(self.trainer)
-        self.model = make_trainable(
-            load_plain_model(self.model_name),
-            self.adapter,
-            self.lora_rank,
-            self.lora_alpha,
-            self.lora_targets,
-        )
-        exclude_frozen_from_ddp(self)
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        """Choose the weights that train."""
+        return self.make_trainable(model)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Float[Tensor, ""]:
         """Mean cross-entropy of the learnt tokens, in nats."""
         del batch_idx
-        assert self.model is not None
         loss = mean_nll(next_token_logits(self.model, batch), batch)
         finite_loss(loss, self.global_step)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids))
         return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over what trains."""
-        weights = [weight for weight in self.parameters() if weight.requires_grad]
-        return torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this step.
@@ -134,35 +86,8 @@ class FinetuningModule(lightning.LightningModule):
 
     def on_fit_end(self) -> None:
         """Leave an ordinary Hugging Face folder behind."""
-        assert self.model is not None
         self.model.eval()
         save_model_folder(self.trainer, self.model)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what training changed."""
-        keep_trainable(self, checkpoint)
-        checkpoint["settings"] = self._settings()
-        checkpoint["rng"] = rng_states()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the interrupted run.
-
-        Raises:
-            UserError: The checkpoint is of another run.
-        """
-        check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
-        restore_rng(checkpoint["rng"])
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides the outcome of this run, in plain values."""
-        return {
-            "model_name": self.model_name,
-            "adapter": self.adapter,
-            "lr": self.lr,
-            "weight_decay": self.weight_decay,
-            "schedule": [self.schedule, self.warmup_fraction],
-            "lora": [self.lora_rank, self.lora_alpha, *self.lora_targets],
-        }
 
 
 def num_steps(trainer: lightning.Trainer) -> int:

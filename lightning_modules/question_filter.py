@@ -1,11 +1,7 @@
 """Finds the questions that a model knows for certain: the papers' filter, as a `validate` run."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
-
-import lightning
-from transformers import PreTrainedModel
 
 from dsg.evaluation import Protocol as QuestionProtocol
 from dsg.evaluation import QuestionBatch, score
@@ -18,11 +14,10 @@ from dsg.evaluation.benchmarks.multiple_choice.question_filter import (
     write_filter,
 )
 from dsg.intervals import wilson
-from dsg.io import FOLDER, Journal, row, write_results
-from dsg.lm import load_model, short_name, unwrap
-from lightning_modules.parts.measuring import Labels
-from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import Reads, data_of
+from dsg.io import row, write_results
+from dsg.lm import unwrap
+from lightning_modules.parts.protocols import data_of
+from lightning_modules.parts.run import Run
 
 
 class FilterData(Protocol):
@@ -41,7 +36,7 @@ class FilterData(Protocol):
         ...
 
 
-class QuestionFilterModule(lightning.LightningModule):
+class QuestionFilterModule(Run):
     """Asks every question in all 24 orders of its choices, with and without the question.
 
     Writes `questions.json` to the run directory: the keys of the questions that each rule of
@@ -51,38 +46,22 @@ class QuestionFilterModule(lightning.LightningModule):
 
     Args:
         model_name: Hugging Face folder or hub name of the model.
-        experiment: The `experiment` column.
-        model_label: The `model` column; None takes the model's name.
+        labels: Those of `Run`.
     """
 
-    reads: Reads = "filter"
+    kind = "question_filter"
+    reads = "filter"
 
-    def __init__(
-        self,
-        model_name: str,
-        experiment: str = "question_filter",
-        model_label: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.model_name = model_name
-        self.experiment = experiment
-        self.model_label = model_label or short_name(model_name)
-        self.model: PreTrainedModel | None = None
-
-    def configure_model(self) -> None:
-        """Load the model, once."""
-        if self.model is None:
-            use_precision(self.trainer)
-            self.model = load_model(self.model_name)
+    def __init__(self, model_name: str, **labels: Any) -> None:
+        super().__init__(model_name, guard=None, method="base", **labels)
 
     def on_validation_start(self) -> None:
-        """Read what an earlier attempt has found out.
+        """Read the answers of an earlier attempt.
 
         Raises:
             UserError: It had another model, protocol or other questions, or the data module offers
                 no variants.
         """
-        assert self.model is not None
         data = data_of(self.trainer, "name", "protocol", "sets")
         self.identity = FilteredModel.of(self.model_name, unwrap(self.model).config)
         settings = {
@@ -90,12 +69,7 @@ class QuestionFilterModule(lightning.LightningModule):
             "protocol": data.protocol,
             "questions": {name: rows_digest(list(rows)) for name, rows in data.sets.items()},
         }
-        folder = Path(self.trainer.default_root_dir) / FOLDER
-        self.outcomes = Journal(folder, self.global_rank)
-        self.outcomes.open(settings)
-        self.trainer.strategy.barrier("outcomes are read")
-        if self.trainer.is_global_zero:
-            self.outcomes.begin(settings)
+        self.outcomes = self.open_journal(settings)
 
     def validation_step(
         self, batch: QuestionBatch | None, batch_idx: int, dataloader_idx: int = 0
@@ -104,7 +78,6 @@ class QuestionFilterModule(lightning.LightningModule):
         del batch_idx, dataloader_idx
         if batch is None or all(id in self.outcomes.known for id in batch.ids.tolist()):
             return
-        assert self.model is not None
         correct = score(self.model, batch)["correct"]
         self.outcomes.append(batch.ids.tolist(), [value == 1 for value in correct.tolist()])
 
@@ -124,30 +97,26 @@ class QuestionFilterModule(lightning.LightningModule):
                 "validation (no limit_val_batches)."
             )
         content = filter_content(self.identity, data.protocol, data.sets, correct)
-        folder = Path(self.trainer.default_root_dir)
-        write_filter(folder / FILTER_FILE, content)
+        write_filter(self.run_dir / FILTER_FILE, content)
         rows = self._rows(data, content, correct)
-        write_results(folder, rows)
-        logged = {f"val/{row['domain']}/guard_off/{row['metric']}": row["value"] for row in rows}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(logged)
+        write_results(self.run_dir, rows)
+        self.log_numbers(
+            {f"val/{row['domain']}/guard_off/{row['metric']}": row["value"] for row in rows}
+        )
 
     def _rows(
         self, data: FilterData, content: Mapping[str, Any], correct: Mapping[int, bool]
     ) -> list[dict[str, Any]]:
-        labels = Labels(
-            experiment=self.experiment, method="base", model=self.model_label, dataset=data.name
-        )
-        found, start = [], 0
+        measured, start = [], 0
         for domain, rows in data.sets.items():
             places = range(start, start + len(rows))
             start += len(rows)
             counts = {f"kept_{rule}": len(content["sets"][domain][rule]) for rule in RULES}
             # The first order is that of the data.
             counts["accuracy"] = sum(correct[VARIANTS * place] for place in places)
-            found += [
+            measured += [
                 row(
-                    **vars(labels),
+                    **self.labels(),
                     guard="none",
                     domain=domain,
                     split="all",
@@ -157,4 +126,4 @@ class QuestionFilterModule(lightning.LightningModule):
                 )
                 for metric, count in counts.items()
             ]
-        return found
+        return measured

@@ -4,14 +4,11 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dsg.errors import UserError
 from dsg.guard import (
@@ -25,7 +22,7 @@ from dsg.guard import (
 )
 from dsg.guard.sweep import sweep
 from dsg.io import row, write_atomically, write_results
-from dsg.lm import check_width, load_model, read_activations, short_name
+from dsg.lm import check_width, load_model, read_activations, unwrap
 from dsg.sae import (
     Features,
     check_finite,
@@ -37,9 +34,9 @@ from dsg.sae import (
 )
 from dsg.selection import FeatureStatistics, batch_statistics, describe_texts, guard_texts
 from lightning_modules.parts.distributed import add_over_ranks, gather_firing_ranks
-from lightning_modules.parts.measuring import Labels
 from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.protocols import GUARD_DATA, Reads, SelectionBatch, data_of
+from lightning_modules.parts.protocols import GUARD_DATA, SelectionBatch, data_of
+from lightning_modules.parts.run import Run
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -61,7 +58,7 @@ SUMMED = ("forget_selection", "retain_selection")
 COUNTED = ("retain_calibration", "retain_heldout", "forget_heldout")
 
 
-class SelectionModule(lightning.LightningModule):
+class SelectionModule(Run):
     """Selects features, sets the threshold and measures the gate on held-out texts.
 
     Writes the guard to `<run directory>/guard`, and for every number of features up to the selected
@@ -72,25 +69,18 @@ class SelectionModule(lightning.LightningModule):
     Args:
         model_name: Hugging Face folder or hub name of the model.
         guard: Which guard to make.
-        experiment: The `experiment` column.
-        seed: The `seed` column.
-        model_label: The `model` column; None takes the model's name.
+        labels: Those of `Run`.
 
     Raises:
         UserError: `guard` names a saved guard, for which nothing is left to select.
     """
 
-    reads: Reads = "select"
+    kind = "selection"
+    reads = "select"
+    guard_settings: GuardSettings
 
-    def __init__(
-        self,
-        model_name: str,
-        guard: GuardSettings,
-        experiment: str = "selection",
-        seed: int | None = None,
-        model_label: str | None = None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, model_name: str, guard: GuardSettings, **labels: Any) -> None:
+        super().__init__(model_name, guard, method=guard.method, **labels)
         if guard.artifact is not None:
             raise UserError(
                 f"`artifact` must be left out where a guard is to be selected, got "
@@ -101,12 +91,6 @@ class SelectionModule(lightning.LightningModule):
                 f"`threshold` must be left out where it is to be measured, got {guard.threshold}; "
                 "remove it."
             )
-        self.model_name = model_name
-        self.guard_settings = guard
-        self.experiment = experiment
-        self.seed = seed
-        self.model_label = model_label or short_name(model_name)
-        self.model: PreTrainedModel | None = None
         self._held: tuple[SAE[Any], ...] = ()
 
     def configure_model(self) -> None:
@@ -147,15 +131,14 @@ class SelectionModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Make the guard; write it, the results and the sweep."""
-        assert self.model is not None
         self._select_once()
-        found = {
+        firing = {
             purpose: gather_firing_ranks(ranks, self._root_device)
             for purpose, ranks in self.ranks.items()
         }
         draft = draft_guard(
             self.guard_settings,
-            self.model,
+            unwrap(self.model),
             data_of(self.trainer, "tokenizer").tokenizer,
             self.sae,
             self.selection,
@@ -164,7 +147,7 @@ class SelectionModule(lightning.LightningModule):
         )
 
         def measure(gate: Gate, part: str) -> Float[Tensor, " n"]:
-            return found[part].statistics(gate)
+            return firing[part].statistics(gate)
 
         guard = calibrate_guard(draft, self.guard_settings, measure)
         texts = guard_texts(
@@ -176,25 +159,24 @@ class SelectionModule(lightning.LightningModule):
         }
         guard = guard.replace(facts={**guard.facts, **origin})
         points = sweep(
-            found["retain_calibration"],
-            found["retain_heldout"],
-            found["forget_heldout"],
+            firing["retain_calibration"],
+            firing["retain_heldout"],
+            firing["forget_heldout"],
             self.guard_settings.threshold_percentile,
             guard.gate,
         )
-        rows = self._rows(points[-1], len(found["retain_calibration"].densities()))
+        rows = self._rows(points[-1], len(firing["retain_calibration"].densities()))
         logged = {
-            f"val/{found['domain']}/guard_on/{found['metric']}": found["value"]
-            for found in rows
-            if found["value"] is not None
+            f"val/{row['domain']}/guard_on/{row['metric']}": row["value"]
+            for row in rows
+            if row["value"] is not None
         }
         # Equal on all ranks; Lightning prints them as a table.
         self.log_dict(logged, sync_dist=True)
         if self.trainer.is_global_zero:
-            run_dir = Path(self.trainer.default_root_dir)
-            guard.save(run_dir / GUARD_FOLDER)
-            write_results(run_dir, rows)
-            write_atomically(run_dir / SWEEP_FILE, sweep_table(points))
+            guard.save(self.run_dir / GUARD_FOLDER)
+            write_results(self.run_dir, rows)
+            write_atomically(self.run_dir / SWEEP_FILE, sweep_table(points))
 
     @property
     def sae(self) -> "SAE[Any]":
@@ -206,7 +188,6 @@ class SelectionModule(lightning.LightningModule):
         return self.trainer.strategy.root_device
 
     def _sum(self, batch: SelectionBatch) -> None:
-        assert self.model is not None
         part, hook_point = None, self.guard_settings.hook_point
         if batch["tokens"] is not None:
             part = batch_statistics(self.model, self.sae, hook_point, batch["tokens"])
@@ -223,7 +204,6 @@ class SelectionModule(lightning.LightningModule):
         return self.features
 
     def _count(self, batch: SelectionBatch) -> None:
-        assert self.model is not None
         features = self._select_once()
         tokens, part, hook_point = batch["tokens"], None, self.guard_settings.hook_point
         if tokens is not None:
@@ -238,13 +218,6 @@ class SelectionModule(lightning.LightningModule):
             add_over_ranks(self.calibration, part, self._root_device)
 
     def _rows(self, point: SweepPoint, num_calibration: int) -> list[dict[str, Any]]:
-        labels = Labels(
-            experiment=self.experiment,
-            method=self.guard_settings.method,
-            model=self.model_label,
-            dataset=data_of(self.trainer, "name").name,
-            seed=self.seed,
-        )
         measured: list[tuple[str, str, str, dict[str, Any]]] = [
             (
                 "retain",
@@ -256,7 +229,7 @@ class SelectionModule(lightning.LightningModule):
             ("forget", "heldout", "forget_trigger_rate", asdict(point.forget_trigger_rate)),
         ]
         return [
-            row(**vars(labels), guard="on", domain=domain, split=split, metric=metric, **values)
+            row(**self.labels(), guard="on", domain=domain, split=split, metric=metric, **values)
             for domain, split, metric, values in measured
         ]
 

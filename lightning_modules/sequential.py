@@ -1,39 +1,32 @@
 """Sequential forget requests as a `fit` run: one epoch is one request."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
-import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.evaluation import AnyBatch
 from dsg.guard import GuardBuilder, GuardSettings, GuardStack
-from dsg.lm import Reference, finite_loss, load_plain_model, short_name, trainable_weights
+from dsg.lm import Reference, finite_loss
 from dsg.objectives import Objective
 from dsg.objectives.terms import check_positive
-from lightning_modules.parts.distributed import exclude_frozen_from_ddp, leave_unwrapped
+from lightning_modules.parts.distributed import leave_unwrapped
 from lightning_modules.parts.guards import guard_maker, guard_of
-from lightning_modules.parts.measuring import Labels, Measurer
-from lightning_modules.parts.precision import use_precision
-from lightning_modules.parts.progress import Progress, require_whole_epochs
+from lightning_modules.parts.measured_training import MeasuredTraining
 from lightning_modules.parts.protocols import (
     GUARD_DATA,
     REQUEST_DATA,
-    Reads,
+    Split,
     UnlearningBatch,
     data_of,
 )
-from lightning_modules.parts.resuming import check_same_run, described, restore_rng, rng_states
-from lightning_modules.parts.saving import keep_trainable, load_guards, save_youngest
+from lightning_modules.parts.saving import load_guards, save_youngest
 
 
-class SequentialModule(lightning.LightningModule):
+class SequentialModule(MeasuredTraining):
     """Fulfils one forget request per epoch and then measures all of them again.
 
     With `guard`, an epoch appends to the stack the guard that an evaluation of the request alone
@@ -47,9 +40,7 @@ class SequentialModule(lightning.LightningModule):
         objective: The method that changes the weights; excludes `guard`.
         reference: `frozen_copy` for a method that compares with the original model.
         lr: Learning rate of AdamW, constant, > 0; guards read none.
-        experiment: The `experiment` column.
-        seed: The `seed` column.
-        model_label: The `model` column; None takes the model's name.
+        labels: Those of `Run`.
 
     Raises:
         UserError: Not exactly one of `guard` and `objective` is given, the objective is no loss
@@ -57,8 +48,8 @@ class SequentialModule(lightning.LightningModule):
             positive.
     """
 
-    reads: Reads = "unlearn"
-    keeps_rest: bool = False
+    kind = "sequential"
+    reads = "unlearn"
 
     def __init__(
         self,
@@ -67,16 +58,15 @@ class SequentialModule(lightning.LightningModule):
         objective: Objective | None = None,
         reference: Literal["none", "frozen_copy"] = "none",
         lr: float = 1e-5,
-        experiment: str = "sequential",
-        seed: int | None = None,
-        model_label: str | None = None,
+        **labels: Any,
     ) -> None:
-        super().__init__()
         if (guard is None) == (objective is None):
             raise UserError(
                 "exactly one of `guard` and `objective` must be given, got "
                 f"{'neither' if guard is None else 'both'}; choose how requests are fulfilled."
             )
+        method = guard.method if guard else objective.name if objective else ""
+        super().__init__(model_name=model_name, guard=guard, method=method, **labels)
         check_positive(lr=lr)
         if objective is not None:
             objective.check_reference(reference, "full")
@@ -86,23 +76,14 @@ class SequentialModule(lightning.LightningModule):
                     f"{type(objective).__name__}, which changes the weights at the end; choose "
                     "another."
                 )
-        self.model_name = model_name
-        self.guard_settings = guard
         self.objective = objective
         self.reference_kind: Literal["none", "frozen_copy"] = reference
         self.lr = lr
-        self.experiment = experiment
-        self.seed = seed
-        self.model_label = model_label or short_name(model_name)
         # Guards are appended, not optimized.
         self.automatic_optimization = guard is None
         self.keeps_rest = guard is not None
-        self.strict_loading = False
-        self.measurer = Measurer()
-        self.progress = Progress()
-        self.model: PreTrainedModel | None = None
         self.reference: Reference | None = None
-        self.maker: GuardBuilder | None = None
+        self.builder: GuardBuilder | None = None
         self.guards = GuardStack()
 
     def setup(self, stage: str) -> None:
@@ -112,31 +93,26 @@ class SequentialModule(lightning.LightningModule):
             UserError: The trainer measures otherwise, does not reload the data, or ends within a
                 request.
         """
+        super().setup(stage)
         if stage == "fit":
             self._check_trainer()
         if self.guard_settings is not None:
             leave_unwrapped(self.trainer.strategy)
 
-    def configure_model(self) -> None:
-        """Load the model and what changes or guards it, once."""
-        if self.model is not None:
-            return
-        use_precision(self.trainer)
-        self.model = load_plain_model(self.model_name)
-        self.trainer.precision_plugin.convert_module(self.model)  # before it is copied
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        """Prepare what makes the guards, or choose the weights that train and fix the reference."""
         if self.guard_settings is not None:
-            self.maker = guard_maker(self.guard_settings, self.model, self.trainer)
+            self.builder = guard_maker(self.guard_settings, model, self.trainer)
         if self.objective is not None:
-            self.objective.prepare(self.model.requires_grad_(True))
-            self.reference = self.objective.make_reference(self.reference_kind, self.model)
-            exclude_frozen_from_ddp(self)
+            self.objective.prepare(model.requires_grad_(True))
+            self.reference = self.objective.make_reference(self.reference_kind, model)
+        return model
 
     def training_step(self, batch: UnlearningBatch, batch_idx: int) -> Float[Tensor, ""] | None:
         """Take the objective's loss; guards need no step."""
         del batch_idx
         if self.objective is None:
             return None
-        assert self.model is not None
         loss = self.objective(
             self.model,
             batch["forget"],
@@ -157,51 +133,26 @@ class SequentialModule(lightning.LightningModule):
         `on_train_epoch_end`, which comes after the validation that is to measure the guard.
         """
         del outputs, batch, batch_idx
-        if self.maker is not None and self.trainer.is_last_batch:
+        if self.builder is not None and self.trainer.is_last_batch:
             data = data_of(self.trainer, *GUARD_DATA)
-            self.guards.append(guard_of(self.maker, data))
+            self.guards.append(guard_of(self.builder, data))
             save_youngest(self.trainer, self.guards)
 
-    def on_validation_start(self) -> None:
+    def begin(self, split: Split, **options: Any) -> None:
         """Begin an evaluation of all requests."""
-        data = data_of(self.trainer, *REQUEST_DATA)
-        self.measurer.start(data, data.val_split, self._stack())
-
-    def validation_step(
-        self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Score a batch."""
-        del batch_idx, dataloader_idx
-        assert self.model is not None
-        self.measurer.update(self.model, batch, self._stack())
+        super().begin(split, guard=self.guards if len(self.guards) else None, **options)
 
     def on_validation_epoch_end(self) -> None:
         """Log and write the results; request 0 is the state before the first one."""
-        data = data_of(self.trainer, *REQUEST_DATA)
-        labels = Labels(
-            experiment=self.experiment,
-            method=self._method(),
-            model=self.model_label,
-            dataset=data.name,
-            seed=self.seed,
-        )
-        request = int(self.progress.epochs(self.trainer))
-        self.measurer.finish(
-            self.trainer,
-            labels,
-            stage="val",
+        request = int(self.epochs)
+        domains = data_of(self.trainer, *REQUEST_DATA).request_domains
+        self.finish(
+            "val",
+            step=self.steps,
             epoch=request,
-            step=self.progress.step(self.trainer),
             request=request,
-            forget_domains=tuple(data.request_domains[:request]),
+            forget_domains=tuple(domains[:request]),
         )
-
-    def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """AdamW over the weights that the objective may change; nothing for guards."""
-        if self.objective is None:
-            return None
-        weights = [weight for weight in self.parameters() if weight.requires_grad]
-        return torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
 
     def on_fit_start(self) -> None:
         """Check that every request has its epoch, and catch up when resumed.
@@ -215,7 +166,7 @@ class SequentialModule(lightning.LightningModule):
                 f"`max_epochs` must be the number of requests, {num_requests}, got "
                 f"{self.trainer.max_epochs}; set trainer.max_epochs."
             )
-        self.progress.catch_up(self, self.measurer.measured_epochs())
+        super().on_fit_start()
 
     def on_train_epoch_end(self) -> None:
         """Write a checkpoint after a request that took no optimizer step.
@@ -223,18 +174,14 @@ class SequentialModule(lightning.LightningModule):
         `ModelCheckpoint` skips those: it takes a standing step count for nothing new.
         """
         callback = self.trainer.checkpoint_callback
-        if self.maker is not None and isinstance(callback, ModelCheckpoint):
+        if self.builder is not None and isinstance(callback, ModelCheckpoint):
             name = f"request_{len(self.guards)}.ckpt"
             self.trainer.save_checkpoint(Path(callback.dirpath or ".") / name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the requests changed; the guards lie in the run directory."""
-        keep_trainable(self, checkpoint)
-        checkpoint["measurer"] = self.measurer.state()
+        super().on_save_checkpoint(checkpoint)
         checkpoint["num_guards"] = len(self.guards)
-        checkpoint["settings"] = self._settings()
-        checkpoint["epochs"] = self.progress.state(self.trainer)
-        checkpoint["rng"] = rng_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the measurements and guards of the interrupted run.
@@ -242,15 +189,11 @@ class SequentialModule(lightning.LightningModule):
         Raises:
             UserError: The checkpoint is of another run.
         """
-        check_same_run(checkpoint, self._settings(), trainable_weights(self).keys())
-        self.measurer.load_state(checkpoint["measurer"])
-        self.progress.load(checkpoint["epochs"], checkpoint["global_step"])
-        restore_rng(checkpoint["rng"])
+        super().on_load_checkpoint(checkpoint)
         for guard in load_guards(self.trainer, checkpoint["num_guards"]):
             self.guards.append(guard)
 
     def _check_trainer(self) -> None:
-        require_whole_epochs(self.trainer)
         # Lightning sets the attribute without declaring it.
         reload_every: int = getattr(self.trainer, "reload_dataloaders_every_n_epochs")  # noqa: B009
         if reload_every != 1:
@@ -264,25 +207,3 @@ class SequentialModule(lightning.LightningModule):
                 f"fulfilled and then measured, got {self.trainer.max_steps} and "
                 f"{self.trainer.check_val_every_n_epoch}; remove them."
             )
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides the outcome of this run, in plain values."""
-        return {
-            "model_name": self.model_name,
-            "guard": asdict(self.guard_settings) if self.guard_settings else None,
-            "objective": described(self.objective) if self.objective else None,
-            "reference": self.reference_kind,
-            "lr": self.lr,
-            "experiment": self.experiment,
-            "seed": self.seed,
-            "model_label": self.model_label,
-        }
-
-    def _method(self) -> str:
-        if self.guard_settings is not None:
-            return self.guard_settings.method
-        assert self.objective is not None
-        return self.objective.name
-
-    def _stack(self) -> GuardStack | None:
-        return self.guards if len(self.guards) else None

@@ -1,12 +1,12 @@
 """Scores validation or test batches with the guard off and on, logs and records the outcome."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dsg.attacks import DRIFT_COLUMNS, Drift, measure_drift
 from dsg.evaluation import (
@@ -29,8 +29,11 @@ from dsg.evaluation import (
     summarise,
     write_items,
 )
+from dsg.guard import GuardSettings
 from dsg.io import row, write_results
-from lightning_modules.parts.protocols import Split
+from lightning_modules.parts.distributed import gather_objects
+from lightning_modules.parts.protocols import EVALUATION_DATA, Split, data_of
+from lightning_modules.parts.run import Run
 
 _KINDS = ("questions", "passages", "prompts")
 _KIND_OF: dict[type, str] = {
@@ -39,29 +42,6 @@ _KIND_OF: dict[type, str] = {
     PromptBatch: "prompts",
 }
 _ON_PASSAGES_ONLY = ("perplexity", "drift_cosine", "drift_norm_ratio")
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The columns of the results file that stay the same during a run.
-
-    Attributes:
-        experiment: Name of the experiment.
-        method: `base`, `dsg`, `dsg_near`, `static_clamp`, `farrell`, `random` or `rmu`.
-        mode: `test_time`, `train_time` or None.
-        attack: `relearn_full` or `relearn_lora`, and what is not ordinary about it; or None.
-        seed: Of the run.
-        model: Short name of the model.
-        dataset: Name of the data set.
-    """
-
-    experiment: str
-    method: str
-    model: str
-    dataset: str
-    mode: str | None = None
-    attack: str | None = None
-    seed: int | None = None
 
 
 class Measurer:
@@ -82,6 +62,7 @@ class Measurer:
         self.baseline: Values | None = None
         self._data: Any = None
         self._split: Split = "validation"
+        self._guard: AnyGuard | None = None
         self._base_model: nn.Module | None = None
         self._further: dict[str, AnyGuard] = {}
         self._drift: Drift | None = None
@@ -104,7 +85,7 @@ class Measurer:
         Args:
             data: An `EvaluationData`.
             split: Which questions, passages and prompts the batches will hold.
-            guard: What will be attached.
+            guard: Scored as well as the model without it; None scores the model once.
             base_model: Scored as well, as the baseline of the alignment score. Without it the
                 first unguarded values that were ever measured are the baseline.
             further: Guards to measure beside `guard`; each one's name is appended to the `method`
@@ -112,7 +93,7 @@ class Measurer:
             drift: What the model's activations are compared with; None measures no drift.
         """
         self._data, self._split = data, split
-        self._base_model = base_model
+        self._guard, self._base_model = guard, base_model
         self._further = dict(further or {})
         self._drift = drift
         prompts: Sequence[Prompt] = data.prompts(split) if hasattr(data, "prompts") else ()
@@ -131,7 +112,7 @@ class Measurer:
         if drift is not None:
             self._drift_metric = PerSample(DRIFT_COLUMNS, len(self.items["passages"]))
 
-    def update(self, model: nn.Module, batch: AnyBatch | None, guard: AnyGuard | None) -> None:
+    def update(self, model: nn.Module, batch: AnyBatch | None) -> None:
         """Score a batch: once without a guard, else with the guard off and on."""
         if batch is None:
             return
@@ -142,10 +123,10 @@ class Measurer:
             self._drift_metric.update(batch.ids, self._drift.values(model, batch))
         for name, other in self._further.items():
             self._record(name, batch, score(model, batch, other))
-        if guard is None:
+        if self._guard is None:
             self._record("none", batch, score(model, batch))
             return
-        on = score(model, batch, guard)
+        on = score(model, batch, self._guard)
         self._record("on", batch, on)
         if on["triggered"].any():
             off = score(model, batch)
@@ -163,15 +144,14 @@ class Measurer:
     def finish(
         self,
         trainer: lightning.Trainer,
-        labels: Labels,
+        labels: Mapping[str, Any],
         *,
         stage: Literal["val", "test"],
         epoch: float | None = None,
-        step: int = 0,
         request: int | None = None,
         forget_domains: Sequence[str] = ("forget",),
-    ) -> None:
-        """Gather all ranks' values, log the measurements and write the rows so far.
+    ) -> dict[str, float]:
+        """Gather all ranks' values and write the rows so far; the numbers to log.
 
         A domain that is the whole of a pool is logged under the pool's name alone.
 
@@ -179,10 +159,10 @@ class Measurer:
         training already.
         """
         if trainer.sanity_checking and self.rows:
-            return
+            return {}
         values = {key: metric.by_id() for key, metric in self._metrics.items()}
-        known = ("none", "off", "on", *self._further)
-        states = [state for state in known if (state, "questions") in values]
+        states = ("none",) if self._guard is None else ("off", "on")
+        states += tuple(self._further)
         if ("base", "questions") in values:
             self.baseline = values["base", "questions"]
         elif self.baseline is None:
@@ -198,16 +178,14 @@ class Measurer:
                 moved = self._drift_metric.by_id()
                 measurements += measure_drift(self.items["passages"], moved)
             logged |= {
-                metric_key(found, stage, state): found.value
-                for found in measurements
-                if found.domain not in twice
+                metric_key(measurement, stage, state): measurement.value
+                for measurement in measurements
+                if measurement.domain not in twice
             }
-            columns = vars(labels)
-            if state in self._further:
-                columns = {**columns, "method": f"{labels.method}_{state}"}
+            further = {"method": f"{labels['method']}_{state}"} if state in self._further else {}
             self.rows += [
                 row(
-                    **columns,
+                    **{**labels, **further},
                     **vars(measurement),
                     guard="on" if state in self._further else state,
                     epoch=epoch,
@@ -218,11 +196,9 @@ class Measurer:
             ]
         if epoch is not None:
             logged["epoch"] = float(epoch)
-        # Not through `LightningModule.log`, which would average over batches and ranks.
-        for logger in trainer.loggers:
-            logger.log_metrics(logged, step)
         if trainer.is_global_zero:
             write_results(trainer.default_root_dir, self.rows)
+        return logged
 
     def _measure(
         self, samples: dict[str, Values], own_nll: Tensor | None, forget_domains: Sequence[str]
@@ -253,14 +229,10 @@ class Measurer:
 
     def _texts(self, state: str) -> list[str]:
         """What was generated in the last evaluation, in the order of the prompts' ids."""
-        gathered = self._generated[state]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, gathered)
-            gathered = [pair for part in parts for pair in part]
         by_id = {
             int(prompt_id): ids
-            for prompt_ids, generated in gathered
+            for part in gather_objects(self._generated[state])
+            for prompt_ids, generated in part
             for prompt_id, ids in zip(prompt_ids, generated, strict=True)
         }
         tokenizer = self._data.tokenizer
@@ -269,17 +241,40 @@ class Measurer:
             for prompt in self.items["prompts"]
         ]
 
-    def measured_epochs(self) -> set[Any]:
-        """Epochs that have been evaluated."""
-        return {row["epoch"] for row in self.rows}
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs so that a resumed run writes the same results."""
-        return {"rows": self.rows, "baseline": self.baseline}
+class Measured(Run):
+    """A run that scores the questions, passages and prompts of its data module."""
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Undo `state`."""
-        self.rows, self.baseline = state["rows"], state["baseline"]
+    def __init__(self, model_name: str, guard: GuardSettings | None = None, **labels: Any) -> None:
+        super().__init__(model_name, guard, **labels)
+        self.measurer = Measurer()
+        self.base_model: PreTrainedModel | None = None
+
+    def on_validation_start(self) -> None:
+        """Begin an evaluation on the split that the data module validates on."""
+        self.begin(data_of(self.trainer, *EVALUATION_DATA).val_split)
+
+    def validation_step(
+        self, batch: AnyBatch | None, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Score a batch."""
+        del batch_idx, dataloader_idx
+        self.measurer.update(self.model, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and write the results."""
+        self.finish("val")
+
+    def begin(self, split: Split, **options: Any) -> None:
+        """Begin an evaluation of a split; for the options see `Measurer.start`."""
+        data = data_of(self.trainer, *EVALUATION_DATA)
+        self.measurer.start(data, split, **{"guard": self.guard, **options})
+
+    def finish(self, stage: Literal["val", "test"], step: int = 0, **options: Any) -> None:
+        """Log and write the results of an evaluation; for the options see `Measurer.finish`."""
+        logged = self.measurer.finish(self.trainer, self.labels(), stage=stage, **options)
+        if logged:
+            self.log_numbers(logged, step)
 
 
 def metric_key(measurement: Measurement, stage: str, guard: str) -> str:

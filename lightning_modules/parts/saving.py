@@ -1,4 +1,4 @@
-"""What a run leaves behind: a small checkpoint, guards, and a changed model."""
+"""What a run leaves behind: a changed model, and the guards of its requests."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -40,18 +40,6 @@ def save_model_folder(trainer: lightning.Trainer, model: nn.Module) -> Path | No
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
-
-
-def keep_trainable(module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Drop from a checkpoint the weights that training cannot have changed.
-
-    They are loaded by name when the run is resumed; set `strict_loading = False`.
-    """
-    trainable = {name for name, weight in module.named_parameters() if weight.requires_grad}
-    weights = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {
-        name: weight for name, weight in weights.items() if name in trainable
-    }
 
 
 def save_youngest(trainer: lightning.Trainer, guards: GuardStack) -> None:

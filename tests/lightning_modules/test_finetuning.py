@@ -141,8 +141,8 @@ def test_a_run_must_have_an_end(toy, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, "`lr` must be finite and above 0, got 0.0"),
-        ({"lr": math.inf}, "`lr` must be finite and above 0, got inf"),
+        ({"lr": 0.0}, "`lr` must be positive and finite, got 0.0"),
+        ({"lr": math.inf}, "`lr` must be positive and finite, got inf"),
         ({"warmup_fraction": 1.0}, r"`warmup_fraction` must be in \[0, 1\), got 1.0"),
     ],
 )

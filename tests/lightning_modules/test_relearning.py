@@ -309,9 +309,9 @@ def test_a_saved_guard_is_maintained_with_the_settings_it_was_made_with(toy, tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, "`lr` must be finite and above 0, got 0.0"),
-        ({"lr": -1e-3}, "`lr` must be finite and above 0"),
-        ({"lr": float("nan")}, "`lr` must be finite and above 0"),
+        ({"lr": 0.0}, "`lr` must be positive and finite, got 0.0"),
+        ({"lr": -1e-3}, "`lr` must be positive and finite"),
+        ({"lr": float("nan")}, "`lr` must be positive and finite"),
         ({"attacker": Evade()}, "`guard` must be given for this `attacker`, got None"),
         ({"maintenance": True}, "`guard` must be given for this `maintenance`"),
     ],

@@ -13,9 +13,10 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dsg.errors import UserError
+from dsg.io import newest_checkpoint
 from dsg.io.results import read_results
 from lightning_modules import RelearningModule
-from lightning_modules.parts.resuming import restore_rng, rng_states
+from lightning_modules.parts.training import plain_values, restore_rng, rng_states
 from tests.lightning_modules.interrupting import Noisy
 from tests.lightning_modules.toy import ToyData, guard_settings, make_trainer
 
@@ -251,6 +252,10 @@ def test_six_epochs_are_three_a_kill_and_three_more(toy, tmp_path):
     whole = dsg(tmp_path / "whole", plain)
     check(dsg(tmp_path / "killed", killing), status=-signal.SIGKILL)
     assert {row["epoch"] for row in read_results(tmp_path / "killed")} == {0, 1, 2, 3}
+    checkpoint = torch.load(newest_checkpoint(tmp_path / "killed"), weights_only=True)
+    # The same arguments under the same names, whether `dsg` or Python gave them.
+    assert checkpoint["settings"].keys() >= plain_values(dict(module_of(toy).hparams)).keys()
+    assert checkpoint["settings"]["attacker"][0] == f"{names}.interrupting.Noisy"
     check(dsg(tmp_path / "killed", plain, "--resume"))
     check(whole)
     expected, resumed = (tmp_path / name / "results.jsonl" for name in ("whole", "killed"))
