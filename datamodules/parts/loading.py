@@ -31,9 +31,7 @@ from dsg.lm import (
     encode_texts,
     length_batches,
     load_config,
-    pad_sequences,
-    padding_id,
-    uncounted_token_ids,
+    padding_for,
 )
 from dsg.selection import check_texts, compact_sequences, guard_texts
 
@@ -182,10 +180,10 @@ def training_loader(
 
 def training_collate(tokenizer: Any) -> Any:
     """Make the function that pads rows on the right and marks what is learnt as counted."""
-    pad_id, uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
+    pad = padding_for(tokenizer)
 
     def collate(rows: Sequence[TrainingRow]) -> TokenBatch:
-        batch = pad_sequences([row.ids for row in rows], pad_id, uncounted_ids)
+        batch = pad([row.ids for row in rows])
         learnt = batch.token_mask.clone()  # [batch, seq]
         places = torch.arange(learnt.shape[1])
         for number, row in enumerate(rows):
@@ -217,11 +215,11 @@ def selection_loader(data: Any) -> DataLoader:
         forget=settings.parts().selection != "ids",
     )
     check_texts(texts)
-    pad_id, uncounted_ids = padding_id(data.tokenizer), uncounted_token_ids(data.tokenizer)
+    pad = padding_for(data.tokenizer)
 
     def collate(batches: list[tuple[str, list[int], list[np.ndarray]]]) -> dict[str, Any]:
         [(purpose, ids, rows)] = batches
-        tokens = pad_sequences([row.tolist() for row in rows], pad_id, uncounted_ids)
+        tokens = pad([row.tolist() for row in rows])
         return {"purpose": purpose, "ids": torch.tensor(ids), "tokens": tokens if ids else None}
 
     batches = _rounds(data, texts, settings)

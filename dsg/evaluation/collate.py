@@ -13,10 +13,8 @@ from dsg.evaluation.items import Passage, PassageBatch, Prompt, PromptBatch, Que
 from dsg.lm import (
     TokenBatch,
     encode_texts,
-    pad_sequences,
-    padding_id,
+    padding_for,
     shared_prefix,
-    uncounted_token_ids,
 )
 
 EncodedQuestion = tuple[int, list[list[int]]]
@@ -32,8 +30,7 @@ def question_collate(
         encoded: Results of `encode_question` so far; more are added. Every evaluation of a run
             scores the same questions again.
     """
-    uncounted_ids = uncounted_token_ids(tokenizer)
-    pad_id = padding_id(tokenizer)
+    pad = padding_for(tokenizer)
     encoded = {} if encoded is None else encoded
 
     def collate(questions: Sequence[Question]) -> QuestionBatch:
@@ -52,14 +49,14 @@ def question_collate(
             num_prompt, rows = encoded[question]
             prompts.append(rows[0][:num_prompt])
             options += [row[num_prompt:] for row in rows]
-        padded = pad_sequences(options, pad_id, uncounted_ids)
+        padded = pad(options)
         closed = torch.tensor([q.closed for q in questions for _ in q.options])  # [b * options]
         # A guard decides on the prompt alone, and nothing that is scored follows this token.
         scored = padded.token_mask | (last_places(padded) & closed[:, None])  # [b * options, seq]
         chars = [len(option.lstrip()) for question in questions for option in question.options]
         return QuestionBatch(
             # On the left, so that an option follows its prompt without a gap.
-            prompts=pad_sequences(prompts, pad_id, uncounted_ids, side="left"),
+            prompts=pad(prompts, side="left"),
             options=replace(padded, token_mask=scored),
             ids=torch.tensor([question.id for question in questions]),
             answers=torch.tensor([question.answer for question in questions]),
@@ -75,13 +72,12 @@ def passage_collate(
     tokenizer: Any, max_length: int | None = None
 ) -> Callable[[Sequence[Passage]], PassageBatch]:
     """Make the function that turns passages, cut to `max_length` tokens, into a batch."""
-    uncounted_ids = uncounted_token_ids(tokenizer)
-    pad_id = padding_id(tokenizer)
+    pad = padding_for(tokenizer)
 
     def collate(passages: Sequence[Passage]) -> PassageBatch:
         encoded = encode_passages(tokenizer, passages, max_length)
         return PassageBatch(
-            tokens=pad_sequences([ids for _, ids in encoded], pad_id, uncounted_ids),
+            tokens=pad([ids for _, ids in encoded]),
             ids=torch.tensor([passage.id for passage in passages]),
             context_lengths=torch.tensor([length for length, _ in encoded]),
             closed=torch.tensor([passage.closed for passage in passages]),
@@ -92,8 +88,7 @@ def passage_collate(
 
 def prompt_collate(tokenizer: Any) -> Callable[[Sequence[Prompt]], PromptBatch]:
     """Make the function that turns prompts with the same limits into a batch."""
-    uncounted_ids = uncounted_token_ids(tokenizer)
-    pad_id = padding_id(tokenizer)
+    pad = padding_for(tokenizer)
 
     def collate(prompts: Sequence[Prompt]) -> PromptBatch:
         [(max_new_tokens, stop)] = {(prompt.max_new_tokens, prompt.stop) for prompt in prompts}
@@ -101,7 +96,7 @@ def prompt_collate(tokenizer: Any) -> Callable[[Sequence[Prompt]], PromptBatch]:
         for prompt, row in zip(prompts, rows, strict=True):
             _check_bos(tokenizer, row, f"prompt {prompt.id}")
         return PromptBatch(
-            tokens=pad_sequences(rows, pad_id, uncounted_ids, side="left"),
+            tokens=pad(rows, side="left"),
             ids=torch.tensor([prompt.id for prompt in prompts]),
             references=[_cut(tokenizer, prompt) for prompt in prompts],
             max_new_tokens=max_new_tokens,

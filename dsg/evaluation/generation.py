@@ -20,9 +20,8 @@ from dsg.lm import (
     FiniteLogits,
     TokenBatch,
     encode_texts,
-    pad_sequences,
+    padding_for,
     padding_id,
-    uncounted_token_ids,
     unwrap,
 )
 
@@ -171,13 +170,11 @@ def continuation_rouge(
             f"`texts` must have more than {prompt_tokens} tokens each, got one of {shortest}; "
             "leave it out or lower `prompt_tokens`."
         )
-    pad_id, uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
+    pad, pad_id = padding_for(tokenizer), padding_id(tokenizer)
     values: list[float] = []
     for start in range(0, len(rows), batch_size):
         chunk = rows[start : start + batch_size]
-        prompts = pad_sequences(
-            [row[:prompt_tokens] for row in chunk], pad_id, uncounted_ids, side="left"
-        )
+        prompts = pad([row[:prompt_tokens] for row in chunk], side="left")
         generated = greedy_continuation(model, prompts, new_tokens, pad_id, guard)
         for ids, row in zip(generated.tolist(), chunk, strict=True):
             texts_of_both = (

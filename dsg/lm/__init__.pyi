@@ -40,6 +40,7 @@ from .tokens import count_mask as count_mask
 from .tokens import encode_texts as encode_texts
 from .tokens import length_batches as length_batches
 from .tokens import pad_sequences as pad_sequences
+from .tokens import padding_for as padding_for
 from .tokens import padding_id as padding_id
 from .tokens import shared_prefix as shared_prefix
 from .tokens import uncounted_token_ids as uncounted_token_ids

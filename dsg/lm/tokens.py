@@ -1,7 +1,8 @@
 """Text to token batches, and the one rule for which tokens count."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -152,6 +153,12 @@ def pad_sequences(
         attention_mask[row, start : start + len(ids)] = 1
     token_mask = count_mask(input_ids, attention_mask, uncounted_ids, pad_id)
     return TokenBatch(input_ids, attention_mask, token_mask)
+
+
+def padding_for(tokenizer: PreTrainedTokenizerBase) -> Callable[..., TokenBatch]:
+    """`pad_sequences` with the padding and the uncounted ids of a tokenizer."""
+    uncounted_ids = uncounted_token_ids(tokenizer)
+    return partial(pad_sequences, pad_id=padding_id(tokenizer), uncounted_ids=uncounted_ids)
 
 
 def length_batches(lengths: Sequence[int], batch_size: int | Literal["auto"]) -> list[list[int]]:

@@ -17,10 +17,8 @@ from dsg.lm import (
     check_width,
     encode_texts,
     length_batches,
-    pad_sequences,
-    padding_id,
+    padding_for,
     read_activations,
-    uncounted_token_ids,
 )
 from dsg.sae import check_finite
 
@@ -264,7 +262,7 @@ class _Batches(Sequence[TokenBatch]):
     ) -> None:
         self._sequences = sequences
         self._places = length_batches([len(ids) for ids in sequences], batch_size)
-        self._pad_id, self._uncounted_ids = padding_id(tokenizer), uncounted_token_ids(tokenizer)
+        self._pad = padding_for(tokenizer)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -278,5 +276,4 @@ class _Batches(Sequence[TokenBatch]):
     def __getitem__(self, index: int | slice) -> TokenBatch | list[TokenBatch]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        rows = [self._sequences[place].tolist() for place in self._places[index]]
-        return pad_sequences(rows, self._pad_id, self._uncounted_ids)
+        return self._pad([self._sequences[place].tolist() for place in self._places[index]])
