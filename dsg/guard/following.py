@@ -44,19 +44,18 @@ class Calls:
 
     Args:
         when_done: Called once after `close`, as soon as no call is running.
+
+    Attributes:
+        mine: What is known about the calls of this thread.
+        is_open: Whether calls that begin now are followed.
     """
 
     def __init__(self, when_done: Callable[[], None]) -> None:
         self.mine = ThreadState()
         self._when_done = when_done
-        self._open = True
+        self.is_open = True
         self._threads: set[int] = set()
         self._lock = threading.RLock()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether calls that begin now are followed."""
-        return self._open
 
     @property
     def is_following(self) -> bool:
@@ -76,9 +75,9 @@ class Calls:
             self.end(what)
         if not running:
             with self._lock:
-                if not self._open and reopen is None:
+                if not self.is_open and reopen is None:
                     return False
-                if not self._open and not self._threads and reopen is not None:
+                if not self.is_open and not self._threads and reopen is not None:
                     reopen()
                 self._threads.add(threading.get_ident())
         running.append(what)
@@ -97,7 +96,7 @@ class Calls:
     def close(self) -> None:
         """Follows no call that begins from now on."""
         with self._lock:
-            self._open = False
+            self.is_open = False
             if all(isinstance(what, nn.Module) for what in self.mine.running):
                 # No forward pass leaves a `with` block around it: an exception left these behind.
                 self.mine.running.clear()
@@ -105,7 +104,7 @@ class Calls:
             self._finish()
 
     def _finish(self) -> None:
-        if not self._open and not self._threads:
+        if not self.is_open and not self._threads:
             self._when_done()
 
 

@@ -57,13 +57,11 @@ class Evidence:
 
     def repeat_interleave(self, repeats: int) -> "Evidence":
         """The same about each sequence `repeats` times, copies in adjacent rows."""
-        return Evidence(
-            self.num_fired.repeat_interleave(repeats),
-            self.num_counted.repeat_interleave(repeats),
-            self.statistic.repeat_interleave(repeats),
-            self.triggered.repeat_interleave(repeats),
-            tuple(tensor.repeat_interleave(repeats, dim=0) for tensor in self.state),
+        counts = (self.num_fired, self.num_counted, self.statistic, self.triggered)
+        num_fired, num_counted, statistic, triggered, *state = (
+            tensor.repeat_interleave(repeats, dim=0) for tensor in (*counts, *self.state)
         )
+        return Evidence(num_fired, num_counted, statistic, triggered, tuple(state))
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,8 @@ class DensityGate(Gate):
         self, active: Bool[Tensor, "batch seq k"], counted: Bool[Tensor, "batch seq"], state: State
     ) -> tuple[Float[Tensor, "batch seq"], State]:
         """See `Gate`."""
-        num_fired = state[0][:, None] + active.any(-1).cumsum(1)  # [batch, seq]
-        num_counted = state[1][:, None] + counted.cumsum(1)  # [batch, seq]
+        num_fired = state[0][:, None] + active.any(-1).cumsum(1)
+        num_counted = state[1][:, None] + counted.cumsum(1)
         return density(num_fired, num_counted), (num_fired[:, -1], num_counted[:, -1])
 
 
@@ -178,16 +176,15 @@ class WindowGate(Gate):
         seen = counted.cumsum(1)  # [batch, seq]
         # Counted tokens moved to the front: a stable sort of a mask keeps their order.
         order = (~counted).to(torch.uint8).argsort(dim=1, stable=True)  # [batch, seq]
-        fired = active.any(-1).gather(1, order)  # [batch, seq]
-        fired = torch.cat([recent, fired], 1)  # [batch, size + seq]
+        fired = torch.cat([recent, active.any(-1).gather(1, order)], 1)  # [batch, size + seq]
         sums = F.pad(fired.cumsum(1), (1, 0))  # [batch, 1 + size + seq]
         # Column n: fired tokens among the last `size` counted ones, once n new ones are counted.
         in_window = sums[:, self.size :] - sums[:, : -self.size]  # [batch, 1 + seq]
-        num_counted = earlier[:, None] + seen  # [batch, seq]
+        num_counted = earlier[:, None] + seen
         now = in_window.gather(1, seen)  # [batch, seq]
-        full = num_counted >= self.size  # [batch, seq]
+        full = num_counted >= self.size
         # Windows before the first full one hold all tokens so far and compete with none.
-        best = torch.where(full, now, 0).cummax(1).values  # [batch, seq]
+        best = torch.where(full, now, 0).cummax(1).values
         best = torch.maximum(best, peak[:, None])
         statistic = torch.where(full, best.double() / self.size, density(now, num_counted))
         last = seen[:, -1:] + torch.arange(self.size, device=fired.device)  # [batch, size]
@@ -229,13 +226,13 @@ class CusumGate(Gate):
         self, active: Bool[Tensor, "batch seq k"], counted: Bool[Tensor, "batch seq"], state: State
     ) -> tuple[Float[Tensor, "batch seq"], State]:
         """See `Gate`."""
-        level, peak = state  # [batch], [batch]
+        level, peak = state
         leak = max(1, round(self.leak * _UNITS_PER_TOKEN))
         steps = active.any(-1).long() * _UNITS_PER_TOKEN - counted.long() * leak  # [batch, seq]
         # A sum held at 0 from below is the free sum minus its lowest value so far below 0.
-        free = level[:, None] + steps.cumsum(1)  # [batch, seq]
-        levels = free - free.cummin(1).values.clamp(max=0)  # [batch, seq]
-        peaks = torch.maximum(levels.cummax(1).values, peak[:, None])  # [batch, seq]
+        free = level[:, None] + steps.cumsum(1)
+        levels = free - free.cummin(1).values.clamp(max=0)
+        peaks = torch.maximum(levels.cummax(1).values, peak[:, None])
         return peaks.double() / _UNITS_PER_TOKEN, (levels[:, -1], peaks[:, -1])
 
     def calibrated(self, measure: Measure, threshold_of: ThresholdOf) -> Gate:
@@ -285,7 +282,7 @@ def decide(
         The decision at each position, and the evidence after the last position. Without
         `running`, the evidence stays that of the prompt.
     """
-    rest = torch.ones_like(counted)  # [batch, seq]
+    rest = torch.ones_like(counted)
     if earlier is None:
         earlier = _of_prompt(gate, active, counted if prompt is None else counted & prompt)
         # Nothing stands behind a prompt that is everything.
@@ -295,10 +292,10 @@ def decide(
     counted = counted & rest
     active = active & counted[..., None]
     statistic, state = gate.follow(active, counted, earlier.state)  # [batch, seq]
-    num_fired = earlier.num_fired + active.any(-1).sum(1)  # [batch]
-    num_counted = earlier.num_counted[:, None] + counted.cumsum(1)  # [batch, seq]
-    exceeded = (statistic > gate.threshold) & (num_counted > 0) & rest  # [batch, seq]
-    triggered = earlier.triggered[:, None] | ((exceeded.cumsum(1) > 0) & rest)  # [batch, seq]
+    num_fired = earlier.num_fired + active.any(-1).sum(1)
+    num_counted = earlier.num_counted[:, None] + counted.cumsum(1)
+    exceeded = (statistic > gate.threshold) & (num_counted > 0) & rest
+    triggered = earlier.triggered[:, None] | ((exceeded.cumsum(1) > 0) & rest)
     last, total = statistic[:, -1], num_counted[:, -1]
     return triggered, Evidence(num_fired, total, last, triggered.any(1), state)
 
@@ -307,7 +304,7 @@ def _of_prompt(
     gate: Gate, active: Bool[Tensor, "batch seq k"], counted: Bool[Tensor, "batch seq"]
 ) -> Evidence:
     active = active & counted[..., None]
-    num_fired, num_counted = active.any(-1).sum(1), counted.sum(1)  # [batch], [batch]
+    num_fired, num_counted = active.any(-1).sum(1), counted.sum(1)
     statistic, state = gate.follow(active, counted, gate.start(len(counted), counted.device))
     # Uncounted positions leave the statistic as it was: the last column is the prompt's.
     last = statistic[:, -1]

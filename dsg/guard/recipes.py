@@ -204,23 +204,19 @@ def _check_use(settings: GuardSettings) -> None:
 
 def _check_ranges(settings: GuardSettings) -> None:
     inf = float("inf")
-    ranges: dict[str, tuple[float, float, str]] = {
-        "num_features": (1, inf, "at least 1"),
-        "ratio_percentile": (0, 100, "in [0, 100]"),
-        "threshold_percentile": (0, 100, "in [0, 100]"),
-        "max_retain_frequency": (0, 1, "in [0, 1]"),
-        "clamp_value": (-_LARGEST, _LARGEST, "a finite number"),
-        "trigger_limit": (0, _LARGEST, "finite and at least 0"),
-        "window_size": (1, inf, "at least 1"),
-        "draw": (0, inf, "at least 0"),
-        "refusal_id": (0, inf, "at least 0"),
-        "max_length": (1, inf, "at least 1"),
-        "batch_size": (1, inf, "at least 1"),
+    ranges = {
+        "at least 1": (1, inf, "num_features window_size max_length batch_size"),
+        "at least 0": (0, inf, "draw refusal_id"),
+        "in [0, 100]": (0, 100, "ratio_percentile threshold_percentile"),
+        "in [0, 1]": (0, 1, "max_retain_frequency"),
+        "a finite number": (-_LARGEST, _LARGEST, "clamp_value"),
+        "finite and at least 0": (0, _LARGEST, "trigger_limit"),
     }
-    for name, (low, high, wanted) in ranges.items():
-        value = vars(settings)[name]
-        if value is not None and not low <= value <= high:
-            raise UserError(f"`{name}` must be {wanted}, got {value}; change it.")
+    for wanted, (low, high, names) in ranges.items():
+        for name in names.split():
+            value = vars(settings)[name]
+            if value is not None and not low <= value <= high:
+                raise UserError(f"`{name}` must be {wanted}, got {value}; change it.")
     if any(feature < 0 for feature in settings.feature_ids or ()):
         raise UserError(
             f"`feature_ids` must be at least 0, got {settings.feature_ids}; correct the list."

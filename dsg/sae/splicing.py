@@ -67,12 +67,12 @@ class SpliceSums:
                 f"`hook_point` {hook_point!r} must be {len(self.mean)} wide as the SAE is, got "
                 f"{h.shape[-1]}; choose a decoder layer."
             )
-        spliced, ablated = h.clone(), h.clone()  # [batch, seq, d_in]
+        spliced, ablated = h.clone(), h.clone()
         ablated[batch.token_mask] = 0
         # One sequence at a time: that bounds the feature activations, and an SAE that looks at
         # context sees a sequence without padding.
         for row in range(len(h)):
-            real, counted = batch.attention_mask[row] != 0, batch.token_mask[row]  # [seq]
+            real, counted = batch.attention_mask[row] != 0, batch.token_mask[row]
             if counted.any():
                 spliced[row, counted] = self._add_sequence(h[row, real], counted[real])
         self.num_predictions += int(_predicted(batch.token_mask).sum())
@@ -100,7 +100,6 @@ class SpliceSums:
         _check_finite(sae_out, "the SAE's reconstructions", "check its weights")
         self._add_tokens(h[counted].double().cpu(), sae_out.double().cpu())
         scale = None if self._features is None else self._features.output_scale(h[counted])
-        # Without a scale a unit of decoder output is a unit of the stream.
         self.scale += len(sae_out) if scale is None else scale.double().sum().item()
         self.num_fired += (acts != 0).sum(0).cpu()
         self.acts += acts.double().sum(0).cpu()
@@ -112,7 +111,7 @@ class SpliceSums:
         # Merged means, because a difference of large sums of squares would lose the variation
         # where the mean is far from 0.
         num, mean = len(h), h.mean(0)
-        total, apart = self.num_tokens + num, mean - self.mean  # apart: [d_in]
+        total, apart = self.num_tokens + num, mean - self.mean
         self.variation += (h - mean).square().sum().item()
         self.variation += (apart @ apart).item() * self.num_tokens * num / total
         self.mean += apart * (num / total)
