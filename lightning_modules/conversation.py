@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dsg.errors import UserError
-from dsg.evaluation import AnyGuard, Measurement, PerSample, Values, write_items
+from dsg.evaluation import AnyGuard, Measurement, PerSample, Values, gather_objects, write_items
 from dsg.evaluation.benchmarks.mt_bench.conversations import (
     COLUMNS,
     NUM_TURNS,
@@ -29,7 +29,6 @@ from dsg.evaluation.benchmarks.mt_bench.scores import (
 from dsg.guard import GuardSettings
 from dsg.io import row, write_atomically, write_results
 from dsg.lm import unwrap
-from lightning_modules.parts.distributed import gather_objects
 from lightning_modules.parts.measuring import metric_key
 from lightning_modules.parts.protocols import data_of
 from lightning_modules.parts.run import Run

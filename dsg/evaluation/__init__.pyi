@@ -21,6 +21,7 @@ from .compare import choose as choose
 from .compare import compare_runs as compare_runs
 from .gather import PerSample as PerSample
 from .gather import columns_of as columns_of
+from .gather import gather_objects as gather_objects
 from .gather import score as score
 from .gather import score_all as score_all
 from .generation import continuation_rouge as continuation_rouge

@@ -121,6 +121,13 @@ def gather_unequal(tensor: Tensor, group: Any = None) -> list[Tensor]:
     torchmetrics' own gather assumes equal ranks and element types, which a rank that was dealt no
     batch does not have.
     """
-    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(gathered, tensor, group=group)
-    return [part for part in gathered if part.numel()] or [tensor]
+    return [part for part in gather_objects(tensor, group) if part.numel()] or [tensor]
+
+
+def gather_objects(mine: Any, group: Any = None) -> list[Any]:
+    """Every rank's object, in the order of the ranks; every rank must call this."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(parts, mine, group=group)
+    return parts

@@ -1,7 +1,6 @@
 """Makes frozen weights, uneven batches and sums work under DistributedDataParallel."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning
 import torch
@@ -118,15 +117,6 @@ def gather_rows(mine: Shaped[Tensor, "rows ..."], device: torch.device) -> list[
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     torch.distributed.all_gather(parts, padded)
     return [part[: int(size)].cpu() for part, size in zip(parts, sizes, strict=True)]
-
-
-def gather_objects(mine: Any) -> list[Any]:
-    """Every rank's object, in the order of the ranks; every rank must call this."""
-    if not _several_ranks():
-        return [mine]
-    parts = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    return parts
 
 
 def _several_ranks() -> bool:

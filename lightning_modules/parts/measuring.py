@@ -21,6 +21,7 @@ from dsg.evaluation import (
     QuestionBatch,
     Values,
     columns_of,
+    gather_objects,
     in_id_order,
     item_rows,
     named_twice,
@@ -31,7 +32,6 @@ from dsg.evaluation import (
 )
 from dsg.guard import GuardSettings
 from dsg.io import row, write_results
-from lightning_modules.parts.distributed import gather_objects
 from lightning_modules.parts.protocols import EVALUATION_DATA, Split, data_of
 from lightning_modules.parts.run import Run
 
