@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsg.errors import UserError
-from dsg.guard import GuardBuilder, GuardSettings, GuardStack
+from dsg.guard import Guard, GuardBuilder, GuardSettings, GuardStack
 from dsg.lm import Reference, finite_loss
 from dsg.objectives import Objective
 from dsg.objectives.terms import check_positive
@@ -23,7 +23,8 @@ from lightning_modules.parts.protocols import (
     UnlearningBatch,
     data_of,
 )
-from lightning_modules.parts.saving import load_guards, save_youngest
+
+GUARDS_FOLDER = "guards"
 
 
 class SequentialModule(MeasuredTraining):
@@ -136,7 +137,8 @@ class SequentialModule(MeasuredTraining):
         if self.builder is not None and self.trainer.is_last_batch:
             data = data_of(self.trainer, *GUARD_DATA)
             self.guards.append(guard_of(self.builder, data))
-            save_youngest(self.trainer, self.guards)
+            if self.trainer.is_global_zero:
+                self.guards.guards[-1].save(self._guard_folder(len(self.guards)))
 
     def begin(self, split: Split, **options: Any) -> None:
         """Begin an evaluation of all requests."""
@@ -190,8 +192,11 @@ class SequentialModule(MeasuredTraining):
             UserError: The checkpoint is of another run.
         """
         super().on_load_checkpoint(checkpoint)
-        for guard in load_guards(self.trainer, checkpoint["num_guards"]):
-            self.guards.append(guard)
+        for number in range(1, checkpoint["num_guards"] + 1):
+            self.guards.append(Guard.load(self._guard_folder(number)))
+
+    def _guard_folder(self, number: int) -> Path:
+        return self.run_dir / GUARDS_FOLDER / f"request_{number}"
 
     def _check_trainer(self) -> None:
         # Lightning sets the attribute without declaring it.

@@ -1,5 +1,6 @@
 """Unlearning by changing weights as a `fit` run, whatever the method."""
 
+import time
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from lightning_modules.parts.distributed import add_tensors_over_ranks, leave_un
 from lightning_modules.parts.measured_training import MeasuredTraining
 from lightning_modules.parts.protocols import Split, UnlearningBatch
 from lightning_modules.parts.saving import save_model_folder
-from lightning_modules.parts.stopwatch import Stopwatch
 from lightning_modules.parts.training import Trainable
 
 
@@ -174,3 +174,29 @@ class UnlearningModule(Trainable, MeasuredTraining):
         """
         super().on_load_checkpoint(checkpoint)
         self.stopwatch = Stopwatch(checkpoint["unlearn_seconds"])
+
+
+class Stopwatch:
+    """Seconds of wall time while it ran.
+
+    Args:
+        seconds: What it shows at first.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What it shows now."""
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._seconds + running
+
+    def start(self) -> None:
+        """Go on."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Pause; once stopped, this does nothing."""
+        self._seconds, self._started = self.seconds, None

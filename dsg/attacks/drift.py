@@ -75,7 +75,7 @@ def measure_drift(
     members: dict[str, list[int]] = {}
     for position, passage in enumerate(sorted(passages, key=lambda passage: passage.id)):
         members.setdefault(passage.domain, []).append(position)
-    found = []
+    measured = []
     for domain, rows in sorted(members.items()):
         cosine, ratio, tokens = (values[name][rows].double().numpy() for name in DRIFT_COLUMNS)
         if not tokens.sum():
@@ -83,8 +83,8 @@ def measure_drift(
         for metric, sums in (("drift_cosine", cosine), ("drift_norm_ratio", ratio)):
             low, high = bootstrap(_mean_over_tokens, np.stack([sums, tokens], axis=1))
             value = float(sums.sum() / tokens.sum())
-            found.append(Measurement(domain, metric, "passages", value, len(rows), low, high))
-    return found
+            measured.append(Measurement(domain, metric, "passages", value, len(rows), low, high))
+    return measured
 
 
 def _mean_over_tokens(passages: np.ndarray) -> float:

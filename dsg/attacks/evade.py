@@ -87,14 +87,14 @@ def soft_density(
 @contextmanager
 def _captured(model: nn.Module, hook_point: str) -> Iterator[list[Tensor]]:
     """The hook point's outputs, unedited and with their gradients, of the passes inside."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        found.append(hidden_states(output))
+        outputs.append(hidden_states(output))
 
     # In front of every other hook: a guard in the loop edits what follows.
     handle = resolve_hook_point(model, hook_point).register_forward_hook(keep, prepend=True)
     try:
-        yield found
+        yield outputs
     finally:
         handle.remove()

@@ -101,11 +101,11 @@ def accuracy_curve(rows: Iterable[Mapping[str, Any]], **columns: Any) -> list[fl
         UserError: They choose no curve, or not exactly one accuracy per epoch.
     """
     wanted = {"metric": "accuracy", "protocol": "cloze", **columns}
-    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    epochs = sorted(row["epoch"] for row in found if row["epoch"] is not None)
-    if not found or epochs != list(range(len(found))):
+    curve = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    epochs = sorted(row["epoch"] for row in curve if row["epoch"] is not None)
+    if not curve or epochs != list(range(len(curve))):
         raise UserError(
             f"`columns` must choose one accuracy per epoch from 0 on, got {columns} with the "
             f"epochs {epochs}; name more columns."
         )
-    return [row["value"] for row in sorted(found, key=lambda row: row["epoch"])]
+    return [row["value"] for row in sorted(curve, key=lambda row: row["epoch"])]

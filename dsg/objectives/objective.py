@@ -7,11 +7,12 @@ references and batches come later.
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsg.errors import UserError, check_choice
 from dsg.lm import AdapterOff, FrozenCopy, Reference, TokenBatch
-from dsg.objectives.terms import Loss
+from dsg.objectives.terms import Loss, RetainTerm, check_not_negative, retain_loss, weighted
 
 ReferenceKind = Literal["none", "frozen_copy", "adapter_off"]
 
@@ -105,6 +106,51 @@ class Objective(ABC):
         if not self.needs_reference:
             return None
         return AdapterOff(model) if kind == "adapter_off" else FrozenCopy(model)
+
+
+class WeightedObjective(Objective):
+    """gamma * forget term + alpha * retain term.
+
+    Args:
+        alpha: Weight of the retain term, >= 0.
+        gamma: Weight of the forget term, >= 0.
+        retain: `nll` descends on retain text, `kl` holds its next-token distributions where the
+            reference has them, `none` runs none.
+
+    Raises:
+        UserError: A weight is negative, or `retain` is unknown.
+    """
+
+    def __init__(
+        self, *, alpha: float = 1.0, gamma: float = 1.0, retain: RetainTerm = "nll"
+    ) -> None:
+        check_not_negative(alpha=alpha, gamma=gamma)
+        check_choice("retain", retain, ("none", "nll", "kl"))
+        self.alpha = alpha
+        self.gamma = gamma
+        self.retain: RetainTerm = retain
+        self.needs_reference = self.needs_reference or retain == "kl"
+
+    @abstractmethod
+    def forget_term(
+        self, model: nn.Module, forget: TokenBatch, reference: Reference | None
+    ) -> Float[Tensor, ""]:
+        """What is minimised on a forget batch."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: TokenBatch,
+        retain: TokenBatch,
+        *,
+        reference: Reference | None = None,
+        step: int | None = None,
+    ) -> Loss:
+        """The loss on a forget and a retain batch."""
+        del step
+        forget_loss = self.forget_term(model, forget, reference)
+        kept = retain_loss(self.retain, model, retain, reference)
+        return weighted(forget_loss, kept, self.gamma, self.alpha)
 
 
 class OneShot(Objective):

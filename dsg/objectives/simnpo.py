@@ -4,25 +4,18 @@ Fan et al., "Simplicity Prevails: Rethinking Negative Preference Optimization fo
 2024, Eq. 4.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from dsg.lm import Reference, TokenBatch, mean_over_sequences, next_token_logits, sequence_nll
-from dsg.objectives.objective import Objective
-from dsg.objectives.terms import (
-    Loss,
-    RetainTerm,
-    check_not_negative,
-    check_positive,
-    check_retain,
-    retain_loss,
-    weighted,
-)
+from dsg.objectives.objective import WeightedObjective
+from dsg.objectives.terms import check_not_negative, check_positive
 
 
-class SimNPO(Objective):
+class SimNPO(WeightedObjective):
     """gamma * mean of -(2/beta) log sigmoid(beta (NLL / length - delta)) + alpha * retain term.
 
     The mean is over sequences. NLL is summed over the targets of a sequence and divided by their
@@ -35,9 +28,8 @@ class SimNPO(Objective):
     Args:
         beta: Inverse temperature, > 0.
         delta: Margin in nats per token, finite; a larger one forgets more.
-        alpha: Weight of the retain term, >= 0.
         gamma: Weight of the forget term, >= 0.
-        retain: `none`, `nll` or `kl`, see `retain_loss`.
+        weights: `alpha` and `retain` of `WeightedObjective`.
 
     Raises:
         UserError: `beta` is not positive, a weight or `delta` is negative, or `retain` is
@@ -47,38 +39,20 @@ class SimNPO(Objective):
     name: ClassVar[str] = "simnpo"
 
     def __init__(
-        self,
-        *,
-        beta: float = 4.5,
-        delta: float = 0.0,
-        alpha: float = 1.0,
-        gamma: float = 0.125,
-        retain: RetainTerm = "nll",
+        self, *, beta: float = 4.5, delta: float = 0.0, gamma: float = 0.125, **weights: Any
     ) -> None:
+        super().__init__(gamma=gamma, **weights)
         check_positive(beta=beta)
-        check_not_negative(alpha=alpha, gamma=gamma, delta=delta)
-        check_retain(retain)
+        check_not_negative(delta=delta)
         self.beta = beta
         self.delta = delta
-        self.alpha = alpha
-        self.gamma = gamma
-        self.retain: RetainTerm = retain
-        self.needs_reference = retain == "kl"
 
-    def __call__(
-        self,
-        model: nn.Module,
-        forget: TokenBatch,
-        retain: TokenBatch,
-        *,
-        reference: Reference | None = None,
-        step: int | None = None,
-    ) -> Loss:
-        """The loss on a forget and a retain batch."""
-        del step
+    def forget_term(
+        self, model: nn.Module, forget: TokenBatch, reference: Reference | None
+    ) -> Float[Tensor, ""]:
+        """The mean over the sequences of a forget batch."""
+        del reference
         nll = sequence_nll(next_token_logits(model, forget), forget)
         per_token = nll.sums / nll.num_targets.clamp(min=1)
         losses = -2 / self.beta * F.logsigmoid(self.beta * (per_token - self.delta))
-        forget_loss = mean_over_sequences(losses, nll.num_targets)
-        kept = retain_loss(self.retain, model, retain, reference)
-        return weighted(forget_loss, kept, self.gamma, self.alpha)
+        return mean_over_sequences(losses, nll.num_targets)

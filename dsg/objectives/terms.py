@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsg.errors import UserError, check_choice
+from dsg.errors import UserError
 from dsg.lm import Reference, TokenBatch, mean_kl, mean_nll, next_token_logits
 
 RetainTerm = Literal["none", "nll", "kl"]
@@ -77,15 +77,6 @@ def check_not_negative(**values: float) -> None:
             raise UserError(
                 f"`{name}` must be at least 0 and finite, got {value}; use 0 for none of it."
             )
-
-
-def check_retain(term: str) -> None:
-    """Refuses an unknown retain term.
-
-    Raises:
-        UserError: If it is one.
-    """
-    check_choice("retain", term, ("none", "nll", "kl"))
 
 
 def required(reference: Reference | None, what: str) -> Reference:

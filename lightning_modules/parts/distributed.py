@@ -92,11 +92,11 @@ def gather_firing_ranks(mine: FirstFiring, device: torch.device) -> FirstFiring:
     """
     if not _several_ranks():
         return mine
-    found = FirstFiring(mine.num_features)
+    gathered = FirstFiring(mine.num_features)
     texts, tokens = (gather_rows(tensor, device) for tensor in mine.packed())
     for part in zip(texts, tokens, strict=True):
-        found.add_packed(*part)
-    return found
+        gathered.add_packed(*part)
+    return gathered
 
 
 def gather_rows(mine: Shaped[Tensor, "rows ..."], device: torch.device) -> list[Tensor]:

@@ -45,7 +45,7 @@ def saved_guard(settings: GuardSettings) -> Guard:
     made = {**guard.facts.get("settings", {}), "hook_point": guard.hook_point}
     for field in fields(GuardSettings):
         given = getattr(settings, field.name)
-        # Where the SAE lies now is told beside the guard; a default may not have been given.
+        # The SAE may lie elsewhere now; a default may not have been given.
         if field.name in ("sae", "sae_id", "artifact") or given == field.default:
             continue
         if given != made.get(field.name):
@@ -104,11 +104,11 @@ def remaking_settings(settings: GuardSettings, guard: Guard) -> GuardSettings:
 
 
 def describe(model: PreTrainedModel, guard: Guard | None) -> dict[str, Any]:
-    """What `run.json` tells of a model and its guard: where they come from and what they do."""
+    """The origin and the settings of a model and its guard, for `run.json`."""
     identity = asdict(ModelIdentity.of(model))
-    found: dict[str, Any] = {"model": {**identity, "name": short_name(identity["name"])}}
+    facts: dict[str, Any] = {"model": {**identity, "name": short_name(identity["name"])}}
     if guard is not None:
-        found["guard"] = {
+        facts["guard"] = {
             "feature_ids": guard.feature_ids,
             "gate": guard.gate.kind,
             "threshold": guard.threshold,
@@ -116,7 +116,7 @@ def describe(model: PreTrainedModel, guard: Guard | None) -> dict[str, Any]:
             "clamp_value": guard.clamp_value,
             **guard.facts,
         }
-    return found
+    return facts
 
 
 def guard_maker(

@@ -98,12 +98,13 @@ class Measurer:
         self._drift = drift
         prompts: Sequence[Prompt] = data.prompts(split) if hasattr(data, "prompts") else ()
         items: tuple[Sequence[Item], ...] = (data.questions(split), data.passages(split), prompts)
-        self.items = {kind: in_id_order(of) for kind, of in zip(_KINDS, items, strict=True)}
+        ordered = map(in_id_order, items)
+        self.items = dict(zip(_KINDS, ordered, strict=True))
         states = (*(("none",) if guard is None else ("off", "on")), *self._further)
         self._metrics = {
-            (state, kind): PerSample(columns_of(of), len(of))
+            (state, kind): PerSample(columns_of(some), len(some))
             for state in states
-            for kind, of in self.items.items()
+            for kind, some in self.items.items()
         }
         self._generated = {state: [] for state in states}
         if base_model is not None:
@@ -168,10 +169,10 @@ class Measurer:
         elif self.baseline is None:
             self.baseline = values[states[0], "questions"]
         logged: dict[str, float] = {}
-        twice = named_twice((of.domain, of.pool) for items in self.items.values() for of in items)
+        twice = named_twice((i.domain, i.pool) for items in self.items.values() for i in items)
         for state in states:
             samples = {kind: values[state, kind] for kind in _KINDS}
-            self.samples |= {(state, kind): of for kind, of in samples.items()}
+            self.samples |= {(state, kind): sample for kind, sample in samples.items()}
             plain = values[states[0], "prompts"].get("nll")  # none and off come first
             measurements = self._measure(samples, plain, forget_domains)
             if state in ("none", "off") and self._drift_metric is not None:

@@ -140,5 +140,5 @@ def data_of(trainer: Any, *names: str) -> Any:
 
 def val_loaders(data: Any) -> list[Any]:
     """A data module's validation loaders, however many it has."""
-    found = data.val_dataloader()
-    return found if isinstance(found, list) else [found]
+    loaders = data.val_dataloader()
+    return loaders if isinstance(loaders, list) else [loaders]

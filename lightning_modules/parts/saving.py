@@ -1,4 +1,4 @@
-"""What a run leaves behind: a changed model, and the guards of its requests."""
+"""Saves the model that a run has changed."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -7,11 +7,9 @@ import lightning
 from torch import nn
 from transformers import PreTrainedModel
 
-from dsg.guard import Guard, GuardStack
 from dsg.lm import check_weights
 
 MODEL_FOLDER = "model"
-GUARDS_FOLDER = "guards"
 
 
 def save_model_folder(trainer: lightning.Trainer, model: nn.Module) -> Path | None:
@@ -40,18 +38,3 @@ def save_model_folder(trainer: lightning.Trainer, model: nn.Module) -> Path | No
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
-
-
-def save_youngest(trainer: lightning.Trainer, guards: GuardStack) -> None:
-    """Write the youngest guard of a stack to `<run directory>/guards`, on rank zero."""
-    if trainer.is_global_zero:
-        guards.guards[-1].save(_guard_folder(trainer, len(guards)))
-
-
-def load_guards(trainer: lightning.Trainer, count: int) -> list[Guard]:
-    """Read the first `count` guards that `save_youngest` wrote, oldest first."""
-    return [Guard.load(_guard_folder(trainer, number)) for number in range(1, count + 1)]
-
-
-def _guard_folder(trainer: lightning.Trainer, number: int) -> Path:
-    return Path(trainer.default_root_dir) / GUARDS_FOLDER / f"request_{number}"
