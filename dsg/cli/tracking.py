@@ -34,16 +34,12 @@ class Unfailing(Logger):
 
     Args:
         inner: The logger to be tried.
-        prefix: Goes before the names of metrics.
         replaces: Folders of the same offline run as it was before; None for a new run.
     """
 
-    def __init__(
-        self, inner: Logger, prefix: str = "", replaces: Sequence[Path] | None = None
-    ) -> None:
+    def __init__(self, inner: Logger, replaces: Sequence[Path] | None = None) -> None:
         super().__init__()
         self._inner = inner
-        self._prefix = f"{prefix}-" if prefix else ""
         self._failed = False
         self._replaces = replaces
         self._num_known = 0
@@ -104,14 +100,13 @@ class Unfailing(Logger):
         if self._num_known > 0:
             self._num_known -= 1
             return
-        named = {f"{self._prefix}{name}": value for name, value in metrics.items()}
         if "epoch" in metrics:
-            self._define({f"{self._prefix}{name}" for name in metrics if name.startswith("val/")})
-        self._inner.log_metrics(named, step)
+            self._define({name for name in metrics if name.startswith("val/")})
+        self._inner.log_metrics(metrics, step)
 
     def _define(self, names: set[str]) -> None:
         for name in sorted(names - self._on_epochs):
-            self.experiment.define_metric(name, step_metric=f"{self._prefix}epoch")
+            self.experiment.define_metric(name, step_metric="epoch")
         self._on_epochs |= names
 
     def _try(self, action: Callable[[], Any]) -> Any:

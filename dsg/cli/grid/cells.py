@@ -1,8 +1,10 @@
 """Cells of a grid: runs that are repeated only if something that they depend on has changed."""
 
 import hashlib
+import importlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,9 @@ class Cell:
             return json.loads((self.folder(run_dir) / DONE_FILE).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return {}
+
+
+def named_function(name: str) -> Callable[..., Any]:
+    """The function of a name such as `dsg.cli.grid.work:tune_guards`."""
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)

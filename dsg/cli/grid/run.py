@@ -178,7 +178,7 @@ def run_benchmark(plan: Plan, rounds: Rounds) -> tuple[list[dict[str, Any]], lis
     """
     run_dir = rounds.run_dir
     tuning = plan.tuning()
-    rounds.workers.start()
+    rounds.workers.start(sum(not cell.is_finished(run_dir) for cell in tuning))
     _prepare(plan.first(), tuning)
     rounds.run("tuning", tuning)
     sequences = plan.sequences(run_dir)

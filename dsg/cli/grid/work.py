@@ -1,7 +1,6 @@
 """What a worker of a grid does with a cell: a Lightning run, or the tuning of guards."""
 
 import argparse
-import importlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from datamodules.parts.loading import question_loader
 from dsg.cli import lightning_cli
 from dsg.cli.config_errors import one_sentence
 from dsg.cli.configs import Config, map_strings
-from dsg.cli.grid.cells import RUN_DIR, Cell
+from dsg.cli.grid.cells import RUN_DIR, Cell, named_function
 from dsg.cli.grid.file import GUARD_KEY
 from dsg.cli.grid.tuning import GuardTuner, Try, best
 from dsg.cli.process import calm_libraries
@@ -49,8 +48,7 @@ def work(cell: Cell, run_dir: Path) -> Any:
     config = map_strings(cell.config, lambda text: text.replace(RUN_DIR, str(run_dir)))
     if cell.command not in lightning_cli.RunCLI.subcommands():
         calm_libraries()
-        module, function = cell.command.split(":")
-        do = getattr(importlib.import_module(module), function)
+        do = named_function(cell.command)
         return do(cell.folder(run_dir), config, run_dir / CONFIGS_FOLDER / cell.name)
     path = write_config(run_dir / CONFIGS_FOLDER / f"{cell.name}.yaml", config)
     lightning_cli.run([cell.command, "-c", str(path), "--run_dir", str(cell.folder(run_dir))])

@@ -1,6 +1,5 @@
 """Processes that import everything once and then take one cell of a grid after the other."""
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from dsg.cli.environment import prepare_environment
-from dsg.cli.grid.cells import Cell
+from dsg.cli.grid.cells import Cell, named_function
 from dsg.errors import UserError
 
 # Does a cell in its folder; named by module and function, because a worker imports it by itself.
@@ -65,10 +64,10 @@ class Workers:
             process.kill()
         self._close()
 
-    def start(self) -> None:
-        """Let the processes import what they work with while this one does something else."""
-        for _ in range(self._jobs):
-            self._submit(importlib.import_module, self._work.split(":")[0])
+    def start(self, num_cells: int) -> None:
+        """Let processes import what so many cells need while this one does something else."""
+        for _ in range(min(self._jobs, num_cells)):
+            self._submit(named_function, self._work)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
         """Do cells, in this order as far as processes are free, and tell of each when it ends.
@@ -139,8 +138,7 @@ def _attempt(work: str, cell: Cell, run_dir: Path) -> str | None:
     started = time.monotonic()
     cell.clear(run_dir)
     try:
-        module, function = work.split(":")
-        outcome = getattr(importlib.import_module(module), function)(cell, run_dir)
+        outcome = named_function(work)(cell, run_dir)
     except UserError as error:
         return " ".join(str(error).split())
     except (Exception, SystemExit) as error:

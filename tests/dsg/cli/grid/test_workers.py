@@ -20,6 +20,7 @@ def cell(name: str, action: str) -> Cell:
 
 def run(run_dir: Path, cells: list[Cell], jobs: int = 1) -> dict[str, str | None]:
     with Workers(jobs, run_dir, WORK) as workers:
+        workers.start(len(cells))
         return {done.name: reason for done, reason in workers.run(cells)}
 
 
