@@ -197,8 +197,15 @@ _TOLD: list[tuple[str, Callable[[str, _Reason, re.Match[str]], str]]] = [
 
 
 def _arguments(class_path: str) -> Iterable[str]:
+    """Arguments of a class or function; those that `**` passes on to a base class included."""
     kind = imported(class_path)
-    return inspect.signature(kind).parameters if callable(kind) else ()
+    names: list[str] = []
+    for owner in kind.__mro__ if isinstance(kind, type) else [kind] if callable(kind) else []:
+        parameters = inspect.signature(owner).parameters
+        names += parameters
+        if not any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+            break
+    return names
 
 
 def _run_options() -> list[str]:
