@@ -10,7 +10,7 @@ import lightning
 from torch.utils.data import DataLoader
 
 from datamodules.parts.batches import batch_loader
-from datamodules.parts.corpora import Corpora, CorpusSettings
+from datamodules.parts.corpora import Corpora, CorpusSettings, FromCorpora
 from datamodules.parts.loading import BatchSize, load_tokenizer
 from datamodules.predictions.texts import read_texts, texts_of_items
 from dsg.errors import UserError
@@ -137,7 +137,7 @@ class PredictionData(lightning.LightningDataModule):
         return wanted
 
 
-class TextRowsData(PredictionData):
+class TextRowsData(FromCorpora, PredictionData):
     """Texts or conversations of a file or data set.
 
     Args:
@@ -173,8 +173,6 @@ class TextRowsData(PredictionData):
         self.config = config
         self.split = split
         self.corpora = None if corpora is None else Corpora(corpora)
-        if self.corpora is not None:
-            _offer_guard_texts(self, self.corpora)
 
     def facts(self) -> dict[str, Any]:
         """Where the texts came from, how many they are, and the texts of the guard."""
@@ -223,7 +221,9 @@ class ItemTextsData(PredictionData):
         self.of = given
         self.split = split
         self.name = getattr(given, "name", type(given).__name__)
-        _offer_guard_texts(self, given)
+        for name in _GUARD_TEXTS:
+            if hasattr(given, name):
+                setattr(self, name, getattr(given, name))
 
     def _read(self, tokenizer: Any, stage: str) -> list[Text]:
         del tokenizer, stage
@@ -249,10 +249,3 @@ class WholeBatches:
 
     def __len__(self) -> int:
         return len(self._loader)
-
-
-def _offer_guard_texts(data: Any, source: Any) -> None:
-    """Let a data module offer the texts that another object has to make a guard from."""
-    for name in _GUARD_TEXTS:
-        if hasattr(source, name):
-            setattr(data, name, getattr(source, name))

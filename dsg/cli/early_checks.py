@@ -54,7 +54,7 @@ def _check_same_model(module: Any, data: Any) -> None:
     if given not in allowed:
         raise UserError(
             f"`model_name` of the data must be that of the model, {name!r}, whose tokenizer and "
-            f"window it is for, got {given!r}; give the same, or name the model that was changed "
+            f"window it is for, got {given!r}; leave it out, or name the model that was changed "
             "as `base_model_name` of the model."
         )
 
