@@ -2,6 +2,7 @@
 
 import inspect
 import os.path
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def with_shared(arguments: Sequence[str]) -> list[str]:
     tokenizer of a changed model's original may be meant (`check_inputs` knows which are allowed).
 
     Raises:
-        UserError: A setting is given twice, and the values differ.
+        UserError: A setting is given twice, and the values differ; or the facts asked for are those
+            of another embedded world than the model's.
     """
     given = dict(_settings(arguments))
     added = []
@@ -62,7 +64,22 @@ def with_shared(arguments: Sequence[str]) -> list[str]:
                     f"`{name}` of the data must be that of the model, {value!r}, got {second!r}; "
                     "give it once, to the model."
                 )
+        if callable(kind) and kind.__module__.startswith("datamodules.tiny_world"):
+            _check_world(given, place)
     return [*arguments, *added]
+
+
+def _check_world(given: Mapping[str, Any], place: str) -> None:
+    """Refuses questions about a world that the model was not trained on."""
+    name = given.get("model.model_name") or given.get(f"{place}.model_name")
+    seeds = (given.get("model.seed"), given.get(f"{place}.seed"))
+    seed = next((seed for seed in seeds if seed is not None), None)
+    trained = re.match(r"tiny_world:(\d+)", str(name))
+    if trained and seed is not None and str(seed) != trained[1]:
+        raise UserError(
+            f"`seed` must be that of the model's world, {trained[1]} of {name!r}, got {seed!r}: "
+            f"another world has other facts; give `model_name: tiny_world:{seed}/model` too."
+        )
 
 
 def _settings(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:

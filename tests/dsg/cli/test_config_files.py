@@ -65,3 +65,13 @@ def test_a_second_value_that_differs_is_refused(given, name):
     assert str(error.value) == (
         f"`{name}` of the data must be that of the model, '0', got '1'; give it once, to the model."
     )
+
+
+@pytest.mark.parametrize("places", [({"seed": 5}, {}), ({"seed": None}, {"seed": 5})])
+def test_the_model_of_one_world_is_not_asked_about_another(given, places):
+    model, data = places
+    named = {"model_name": "tiny_world:0/model"}
+    with pytest.raises(UserError, match="`seed` must be that of the model's world, 0 of .* got 5"):
+        with_shared(given(named | model, data))
+    with_shared(given({"model_name": "tiny_world:5/model"} | model, data))
+    with_shared(given(named | model, data, "datamodules.TextFilesData"))
