@@ -71,7 +71,7 @@ def test_a_second_value_that_differs_is_refused(given, name):
 def test_the_model_of_one_world_is_not_asked_about_another(given, places):
     model, data = places
     named = {"model_name": "tiny_world:0/model"}
-    with pytest.raises(UserError, match="`seed` must be that of the model's world, 0 of .* got 5"):
+    with pytest.raises(UserError, match=r"`seed` must be that of the model's world, 0 of .* got 5"):
         with_shared(given(named | model, data))
     with_shared(given({"model_name": "tiny_world:5/model"} | model, data))
     with_shared(given(named | model, data, "datamodules.TextFilesData"))
