@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -135,10 +134,6 @@ class GuardSettings:
         self.parts()
         _check_ranges(self)
         _check_use(self)
-
-    def saved_in(self, folder: str | Path) -> "GuardSettings":
-        """The guard that was saved in a folder, made with the same SAE."""
-        return GuardSettings(self.hook_point, self.sae, self.sae_id, artifact=str(folder))
 
     def parts(self) -> Parts:
         """The method's parts, but for those that are given.

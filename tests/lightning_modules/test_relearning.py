@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from dsg.attacks import Attacker, AttackLoss, Evade, Task
 from dsg.errors import UserError
+from dsg.guard import GuardSettings
 from dsg.io.results import read_results
 from lightning_modules import EvaluationModule, RelearningModule
 from tests.helpers import HOOK_POINT, tiny_model, tiny_tokenizer
@@ -289,8 +290,10 @@ def test_maintenance_does_not_touch_the_attack(toy, tmp_path):
 def test_a_saved_guard_is_maintained_with_the_settings_it_was_made_with(toy, tmp_path):
     made, _ = attack(toy, tmp_path / "made", maintenance=True, trainer={"max_epochs": 1})
     made.guard.save(tmp_path / "guard")
+    made_with = guard_settings(toy)
+    saved = {"hook_point": made_with.hook_point, "sae": made_with.sae, "sae_id": made_with.sae_id}
     settings = {
-        "guard": guard_settings(toy).saved_in(tmp_path / "guard"),
+        "guard": GuardSettings(**saved, artifact=str(tmp_path / "guard")),
         "mode": "test_time",
         "maintenance": True,
         "lr": 1e-2,
